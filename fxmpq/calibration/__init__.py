@@ -1,0 +1,1 @@
+"""Calibration: every candidate format's ranges, from one pass over the data."""

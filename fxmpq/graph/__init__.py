@@ -1,0 +1,1 @@
+"""The graph: tracing, canonical form, groups and quantizer insertion."""

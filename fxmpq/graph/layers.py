@@ -1,0 +1,120 @@
+"""Finding what can be quantized, and naming what cannot."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fxmpq.graph.attributes import get_tensor
+from fxmpq.graph.batches import batch_size
+from fxmpq.graph.operators import FLOAT_MATMULS, argument, operator_of
+from fxmpq.graph.state import Layer, LeftFloat, node_shape, state_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class FoundLayers:
+    """What a search through the graph found.
+
+    Args:
+        layers: Calls of weighted operators with stored weights, in graph order.
+        left_float: Matrix products that stay float.
+    """
+
+    layers: tuple[Layer, ...]
+    left_float: tuple[LeftFloat, ...]
+
+
+def find_layers(graph: fx.GraphModule) -> FoundLayers:
+    """Find every weighted operator, and every matrix product that stays float.
+
+    A layer is named after its weight without the `.weight` ending; further calls of the same
+    weight get `#2`, `#3` and so on.
+
+    Args:
+        graph: A canonical graph.
+
+    Returns:
+        The layers and what stays float, each with its multiply-accumulates per sample.
+    """
+    samples = batch_size(state_of(graph).example)
+    layers: list[Layer] = []
+    left: list[LeftFloat] = []
+    calls: Counter[str] = Counter()
+    for node in graph.graph.nodes:
+        if node.target in FLOAT_MATMULS:
+            macs = float_matmul_macs(node) // samples
+            left.append(LeftFloat(place_of(node), FLOAT_MATMULS[node.target], macs))
+            continue
+        operator = operator_of(node)
+        if operator is None:
+            continue
+        weight_node = argument(node, operator.weight)
+        output = node_shape(node) or torch.Size()
+        if not isinstance(weight_node, fx.Node) or weight_node.op != "get_attr":
+            weight_shape = node_shape(weight_node) if isinstance(weight_node, fx.Node) else None
+            macs = operator.macs(output, weight_shape or torch.Size()) // samples
+            left.append(LeftFloat(place_of(node), "its weight is computed, not stored", macs))
+            continue
+        weight = get_tensor(graph, str(weight_node.target))
+        macs = operator.macs(output, weight.shape) // samples
+        name = layer_name(str(weight_node.target))
+        calls[name] += 1
+        name = name if calls[name] == 1 else f"{name}#{calls[name]}"
+        layers.append(
+            Layer(
+                name=name,
+                kind=operator.kind,
+                node=node.name,
+                weight=str(weight_node.target),
+                macs=macs,
+                weight_shape=tuple(weight.shape),
+                channel_axis=operator.channel_axis,
+            )
+        )
+    return FoundLayers(tuple(layers), tuple(left))
+
+
+def layer_name(weight: str) -> str:
+    """The layer's name from its weight's: `a.b.weight` gives `a.b`."""
+    return weight.removesuffix(".weight")
+
+
+def place_of(node: fx.Node) -> str:
+    """Where in the model a node comes from, as the module path that the export recorded."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] for entry in stack.values() if isinstance(entry, tuple) and entry[0]]
+    path = paths[-1] if paths else ""
+    return f"{path}.{node.name}" if path else node.name
+
+
+def float_matmul_macs(node: fx.Node) -> int:
+    """Multiply-accumulates of a product of activations on the example batch.
+
+    Fused attention with query `[..., T, d]`, key `[..., S, d]`, value `[..., S, e]` does
+    `T S (d + e)` for each leading index; a matrix product `[..., T, d] x [d, S]` does
+    `T d S`; for a transposed convolution each input value meets the weights of its channel.
+    """
+    shapes = [node_shape(arg) for arg in node.args if isinstance(arg, fx.Node)]
+    known = [shape for shape in shapes if shape is not None]
+    output = node_shape(node) or torch.Size([0])
+    if node.target is aten.scaled_dot_product_attention.default and len(known) >= 3:
+        query, key, value = known[:3]
+        return int(query[:-1].numel() * key[-2] * (query[-1] + value[-1]))
+    if str(node.target).startswith("aten.conv_transpose") and len(known) >= 2:
+        source, weight = known[:2]
+        return int(source.numel() * weight[1:].numel())
+    products = [shape for shape in known if len(shape) >= 2]
+    if node.target in (aten.addmm.default, aten.baddbmm.default) and len(products) >= 2:
+        return int(output.numel() * products[-2][-1])
+    return int(output.numel() * known[0][-1]) if known and len(known[0]) > 0 else 0
+
+
+def is_real_tensor(node: fx.Node) -> bool:
+    """Whether a node's recorded value is a floating-point tensor."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -1,0 +1,24 @@
+"""Canonical passes: each takes a graph in place and says how many nodes it changed.
+
+`CANONICAL_PASSES` is the whole pipeline, in order; nothing else registers a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import fx
+
+from fxmpq.graph.passes.drop_identities import drop_identities
+from fxmpq.graph.passes.fold_batch_norm import fold_batch_norm
+from fxmpq.graph.passes.make_functional import make_functional
+from fxmpq.graph.passes.merge_weights import merge_weights
+
+Pass = Callable[[fx.GraphModule], int]
+
+CANONICAL_PASSES: tuple[Pass, ...] = (
+    make_functional,
+    drop_identities,
+    merge_weights,
+    fold_batch_norm,
+)

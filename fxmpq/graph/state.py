@@ -1,0 +1,175 @@
+"""What a graph carries besides its nodes: frozen, and replaced as a whole by each step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import TreeSpec
+
+from fxmpq.errors import FxmpqError
+from fxmpq.formats import Precision
+
+_KEY = "fxmpq"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call of a weighted operator.
+
+    Args:
+        name: What users see and match, as `encoder.layer.0.attention.query`.
+        kind: Key of the operator table, as `conv` or `linear`.
+        node: Name of the call's node.
+        weight: Qualified name of the weight.
+        macs: Multiply-accumulates for one sample.
+        weight_shape: Shape of the weight.
+        channel_axis: The weight's output-channel dimension.
+        weight_quantizer: Module name of its weight quantizer, once prepared.
+        bias_correction: Module name of its bias correction, once prepared.
+        input_quantizer: Module name of the quantizer it reads directly, if it does.
+    """
+
+    name: str
+    kind: str
+    node: str
+    weight: str
+    macs: int
+    weight_shape: tuple[int, ...]
+    channel_axis: int
+    weight_quantizer: str | None = None
+    bias_correction: str | None = None
+    input_quantizer: str | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that must share a precision, and the quantizers that switch with them.
+
+    Args:
+        name: Name of the first layer.
+        layers: In graph order.
+        candidates: Precisions the target can run here, from few bits to many.
+        activation_quantizers: Module names of the activation quantizers it owns.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    candidates: tuple[Precision, ...]
+    activation_quantizers: tuple[str, ...] = ()
+
+    def candidate(self, precision: str | Precision) -> Precision:
+        """Return the candidate of this name, or raise with those there are."""
+        wanted = Precision.parse(precision)
+        if wanted not in self.candidates:
+            legal = ", ".join(str(candidate) for candidate in self.candidates)
+            raise FxmpqError(f"group {self.name!r} has no candidate {wanted}; it has {legal}")
+        return wanted
+
+
+@dataclass(frozen=True)
+class LeftFloat:
+    """Something that stays in float, and why.
+
+    Args:
+        name: The layer or operator.
+        reason: Why, for people.
+        macs: Multiply-accumulates for one sample, where it is in no group.
+    """
+
+    name: str
+    reason: str
+    macs: int = 0
+
+
+@dataclass(frozen=True)
+class GraphState:
+    """Everything fxmpq knows of a graph.
+
+    Args:
+        call_spec: Structure of `(args, kwargs)`.
+        example: Flat inputs of a small batch, on the CPU.
+        dynamic: Whether batch size may vary.
+        fingerprint: Hash of operators and weights of the float graph.
+        target: The target it was prepared for.
+        groups: In graph order.
+        left_float: What stays in float.
+        calibrated: Whether every quantizer has its ranges.
+        choices: Precision per group, once a plan is applied.
+    """
+
+    call_spec: TreeSpec
+    example: tuple[object, ...]
+    dynamic: bool
+    fingerprint: str
+    target: str | None = None
+    groups: tuple[Group, ...] = ()
+    left_float: tuple[LeftFloat, ...] = ()
+    calibrated: bool = False
+    choices: dict[str, str] = field(default_factory=dict)
+
+    def group(self, name: str) -> Group:
+        """The group of this name."""
+        return next(group for group in self.groups if group.name == name)
+
+
+def state_of(graph: fx.GraphModule) -> GraphState:
+    """The state of a traced graph.
+
+    Raises:
+        FxmpqError: If the module did not come from `fxmpq.trace`.
+    """
+    state = graph.meta.get(_KEY) if isinstance(graph, fx.GraphModule) else None
+    if not isinstance(state, GraphState):
+        raise FxmpqError(
+            f"expected a graph from fxmpq.trace, found {type(graph).__name__}; "
+            "call fxmpq.trace(model, batch) first"
+        )
+    return state
+
+
+def require(graph: fx.GraphModule, *, stage: str) -> GraphState:
+    """The state of a graph that has reached `stage`: `traced`, `prepared` or `calibrated`.
+
+    Raises:
+        FxmpqError: If a step is missing, naming it.
+    """
+    state = state_of(graph)
+    if stage in ("prepared", "calibrated") and state.target is None:
+        raise FxmpqError("the graph has no quantizers yet; call fxmpq.prepare(graph, target) first")
+    if stage == "calibrated" and not state.calibrated:
+        raise FxmpqError(
+            "the quantizers have no ranges yet; call fxmpq.calibrate(graph, batches) first"
+        )
+    return state
+
+
+def with_state(graph: fx.GraphModule, state: GraphState) -> fx.GraphModule:
+    """Attach a state and return the graph."""
+    graph.meta[_KEY] = state
+    return graph
+
+
+def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
+    """Copy a graph's nodes and modules; tensors, which no step changes in place, are shared."""
+    tensors: Sequence[Tensor] = [*graph.parameters(), *graph.buffers()]
+    memo: dict[int, object] = {id(tensor): tensor for tensor in tensors}
+    state = graph.meta.get(_KEY)
+    if state is not None:
+        memo[id(state)] = state
+    for node in graph.graph.nodes:
+        for value in node.meta.values():
+            memo[id(value)] = value
+    duplicate = copy.deepcopy(graph, memo)
+    if state is not None:
+        with_state(duplicate, state)
+    return duplicate
+
+
+def node_shape(node: fx.Node) -> torch.Size | None:
+    """Shape of a node's tensor on the example batch, or `None` if it is no tensor."""
+    shape = node.meta.get("example_shape")
+    return shape if isinstance(shape, torch.Size) else None

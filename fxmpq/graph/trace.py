@@ -1,0 +1,191 @@
+"""Trace: from a model and one batch to a canonical graph."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from fxmpq.errors import TraceError
+from fxmpq.graph.batches import Batch, batch_size, call_arguments
+from fxmpq.graph.legality import check_canonical
+from fxmpq.graph.passes import CANONICAL_PASSES
+from fxmpq.graph.run import record_shapes
+from fxmpq.graph.state import GraphState, with_state
+
+_EXAMPLE_SAMPLES = 2
+
+
+def trace(model: nn.Module, batch: Batch) -> fx.GraphModule:
+    """Export a model and bring its graph into canonical form.
+
+    The graph is what `torch.export` gives (ATen operators, any control flow resolved), with
+    in-place operators made pure, dropout and no-op casts gone, and batch norms folded. It is
+    called like the model and returns what the model returns. The batch size may vary, and
+    for integer inputs (token ids, masks) the sequence length too, wherever the export allows
+    it; else the sizes of `batch` are fixed. The model itself is left as it was, its training
+    flags included; the graph holds copies of its weights.
+
+    Args:
+        model: Any module that `torch.export` takes.
+        batch: A tensor, a tuple of arguments, or a mapping of keyword arguments.
+
+    Returns:
+        A `GraphModule`.
+
+    Raises:
+        TraceError: If the model does not export, with what `torch.export` reports.
+        BatchError: If the batch is not one of the three.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> graph = trace(model, torch.randn(2, 3, 8, 8))
+        >>> [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        ['aten.conv2d.default', 'aten.relu.default']
+    """
+    args, kwargs = call_arguments(batch)
+    args, kwargs = _example((args, kwargs))
+    with torch.inference_mode(False), torch.no_grad(), _evaluating(model):
+        program, dynamic = _export(model, args, kwargs)
+        exported = program.module(check_guards=False)
+        graph = _own_copy(exported)
+        for canonical_pass in CANONICAL_PASSES:
+            canonical_pass(graph)
+        check_canonical(graph)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        state = GraphState(spec, tuple(leaves), dynamic, "")
+        with_state(graph, state)
+        record_shapes(graph)
+        return with_state(graph, GraphState(spec, tuple(leaves), dynamic, fingerprint(graph)))
+
+
+def fingerprint(graph: fx.GraphModule) -> str:
+    """Hash a graph's operators, their connections and its weights.
+
+    Args:
+        graph: A canonical graph without quantizers.
+
+    Returns:
+        32 hexadecimal digits (BLAKE2b), equal for equal models on every device.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    numbers = {node: str(index) for index, node in enumerate(graph.graph.nodes)}
+    for node in graph.graph.nodes:
+        inputs = ",".join(numbers[source] for source in node.all_input_nodes)
+        digest.update(f"{node.op} {node.target} {inputs};".encode())
+    for name, tensor in sorted(graph.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _example(call: tuple[tuple[object, ...], dict[str, object]]) -> tuple[
+    tuple[object, ...], dict[str, object]
+]:
+    """Cut a call to two samples; repeat a single one, since exporting 1 fixes the size to 1."""
+    leaves, spec = pytree.tree_flatten(call)
+    samples = batch_size(leaves)
+
+    def two(leaf: object) -> object:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        with torch.inference_mode(False):
+            copied = leaf.detach().clone()
+        if copied.dim() == 0 or copied.shape[0] != samples:
+            return copied
+        if samples == 1:
+            return torch.cat([copied] * _EXAMPLE_SAMPLES)
+        return copied[:_EXAMPLE_SAMPLES].clone()
+
+    args, kwargs = pytree.tree_unflatten([two(leaf) for leaf in leaves], spec)
+    return args, kwargs
+
+
+def _export(
+    model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[ExportedProgram, bool]:
+    """Export with free batch and sequence sizes; with fixed ones if that fails."""
+    samples = batch_size(pytree.tree_leaves((args, kwargs)))
+
+    def free_dimensions(leaf: object) -> dict[int, object] | None:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != samples:
+            return None
+        free: dict[int, object] = {0: Dim.AUTO}
+        if not leaf.is_floating_point() and leaf.dim() > 1 and leaf.shape[1] > 1:
+            free[1] = Dim.AUTO
+        return free
+
+    shapes = pytree.tree_map(free_dimensions, (args, kwargs))
+    dynamic_shapes = (*shapes[0], *shapes[1].values()) if shapes[1] else tuple(shapes[0])
+    try:
+        program = torch.export.export(
+            model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
+        )
+        return program, _batch_is_free(program)
+    except Exception:  # noqa: BLE001  (any failure: fixed sizes decide whether it exports at all)
+        pass
+    try:
+        return torch.export.export(model, args, kwargs, strict=False), False
+    except Exception as error:
+        raise TraceError(
+            f"torch.export cannot take {type(model).__name__}: {_first_lines(error)}\n"
+            "What usually helps: replace control flow that depends on tensor values "
+            "(`if x.sum() > 0`, `.item()`) by torch.where or torch.cond, or trace the "
+            "sub-module that does the work."
+        ) from error
+
+
+def _batch_is_free(program: ExportedProgram) -> bool:
+    placeholders = program.graph_signature.user_inputs
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    values = [nodes[name].meta["val"] for name in placeholders if isinstance(name, str)]
+    sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim() > 0]
+    return bool(sizes) and not isinstance(sizes[0], int)
+
+
+def _first_lines(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: " + " | ".join(lines[:6])
+
+
+def _own_copy(exported: fx.GraphModule) -> fx.GraphModule:
+    """A plain graph module with tensors of its own, which tolerates `.train()` and `.eval()`."""
+    graph = fx.GraphModule(exported, copy.deepcopy(exported.graph), "QuantizableGraph")
+    memo: dict[int, Tensor] = {}
+    for module in graph.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    table[name] = _clone_once(tensor, memo)
+    for attribute in ("_in_spec", "_out_spec"):
+        if hasattr(exported, attribute):
+            setattr(graph, attribute, getattr(exported, attribute))
+    return graph.eval()
+
+
+def _clone_once(tensor: Tensor, memo: dict[int, Tensor]) -> Tensor:
+    """Clone a tensor; a second name of the same tensor gets the same clone (tied weights)."""
+    if id(tensor) not in memo:
+        clone = tensor.detach().clone()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(clone, tensor.requires_grad) if is_parameter else clone
+    return memo[id(tensor)]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch to eval mode and restore each module's own flag."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag

@@ -1,0 +1,149 @@
+"""The whole way in one call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import fx, nn
+
+from fxmpq.calibration.calibrate import calibrate
+from fxmpq.costs.cost import cost
+from fxmpq.costs.table import CostTable
+from fxmpq.formats import Precision
+from fxmpq.graph.batches import Batch, materialize
+from fxmpq.graph.state import state_of
+from fxmpq.graph.trace import trace
+from fxmpq.sensitivity.measure import check_method, measure
+from fxmpq.sensitivity.sensitivity import Sensitivity
+from fxmpq.solver.budget import Budget
+from fxmpq.solver.plan import Plan
+from fxmpq.solver.solve import solve
+from fxmpq.steps import apply, prepare
+from fxmpq.targets.convert import convert
+from fxmpq.targets.registry import get_target
+from fxmpq.targets.target import Converted, Target
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Everything that `quantize` found on its way.
+
+    Args:
+        graph: Simulates the plan; called like the model.
+        calibrated: The same graph with every candidate at hand and all quantizers off.
+        plan: What was chosen.
+        sensitivity: How much each choice hurts.
+        costs: What each choice costs.
+        seconds: Wall time per step: `trace`, `calibrate`, `measure`, `solve`.
+    """
+
+    graph: fx.GraphModule
+    calibrated: fx.GraphModule
+    plan: Plan
+    sensitivity: Sensitivity
+    costs: CostTable
+    seconds: Mapping[str, float]
+
+    def convert(self, output: str | Path | None = None) -> Converted:
+        """Convert for the plan's target; see `fxmpq.convert`."""
+        return convert(self.graph, output=output)
+
+    def solve(self, budget: str | Mapping[str, object] | Budget) -> Quantized:
+        """Plan again for another budget from the same measurements."""
+        plan = finish_plan(self.calibrated, solve(self.sensitivity, self.costs, budget))
+        return replace(self, plan=plan, graph=apply(self.calibrated, plan))
+
+
+def quantize(
+    model: nn.Module,
+    calibration: Iterable[Batch],
+    *,
+    target: str | Target,
+    budget: str | Mapping[str, object] | Budget,
+    candidates: Sequence[str | Precision] | None = None,
+    method: str = "projected",
+    keep: Mapping[str, str | Precision] | None = None,
+    exclude: Sequence[str] = (),
+    bias_correction: bool = True,
+    progress: bool = True,
+    **options: object,
+) -> Quantized:
+    """Choose a precision for every layer and return the graph that simulates the choice.
+
+    Traces the model, groups its layers by the target's fusion rules, calibrates every
+    candidate's ranges, measures sensitivities and solves the bit-width program. The model is
+    not changed.
+
+    Args:
+        model: Any module that `torch.export` takes.
+        calibration: Batches of what the model takes: tensors, tuples of arguments, or
+            mappings of keyword arguments; a few dozen samples, no labels.
+        target: A target's name, as `reference` or `onnxruntime`.
+        budget: As `"weights=15%"`, `"weights=1.5MB,bops=10%"`, `"avg_weight_bits=4.5"`.
+        candidates: Precisions to choose from, as `["w2a8", "w4a8", "w8a8"]`.
+        method: Sensitivity method, `projected` or `sqnr`.
+        keep: Layers that must have a precision, as `{"classifier": "w8a8"}`.
+        exclude: Layers that stay float.
+        bias_correction: Whether quantized layers get corrected biases.
+        progress: Whether to show progress bars.
+        **options: Of the method, as `probes=4, seed=1`.
+
+    Returns:
+        The simulated graph, the plan, and what it was made from.
+
+    Raises:
+        FxmpqError: A subclass for each unusable request, before long work starts.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+        >>> batches = [torch.randn(4, 3, 8, 8) for _ in range(4)]
+        >>> result = quantize(model, batches, target="reference", budget="weights=25%")
+        >>> result.plan.relative["weights"] <= 0.25
+        True
+    """
+    found_target = get_target(target)
+    wanted_budget = Budget.parse(budget)
+    check_method(method)
+    batches = materialize(calibration)
+    seconds: dict[str, float] = {}
+    clock = time.perf_counter()
+
+    def lap(step: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        seconds[step] = now - clock
+        clock = now
+
+    graph = trace(model, batches[0])
+    prepared = prepare(graph, found_target, candidates=candidates, keep=keep, exclude=exclude)
+    costs = cost(prepared)
+    wanted_budget.check_feasible(costs)
+    lap("trace")
+    calibrated = calibrate(prepared, batches, bias_correction=bias_correction, progress=progress)
+    lap("calibrate")
+    sensitivity = measure(calibrated, batches, method=method, progress=progress, **options)
+    lap("measure")
+    plan = finish_plan(calibrated, solve(sensitivity, costs, wanted_budget))
+    lap("solve")
+    return Quantized(apply(calibrated, plan), calibrated, plan, sensitivity, costs, seconds)
+
+
+def finish_plan(graph: fx.GraphModule, plan: Plan) -> Plan:
+    """Write the target and each layer's own precision into a plan, for people to read.
+
+    Args:
+        graph: The graph it was made for.
+        plan: From `solve`.
+
+    Returns:
+        The plan with `target` and `layers` filled in.
+    """
+    state = state_of(graph)
+    layers = {
+        layer.name: plan.choices[group.name] for group in state.groups for layer in group.layers
+    }
+    return replace(plan, target=state.target, layers=layers)

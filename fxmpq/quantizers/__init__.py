@@ -1,0 +1,1 @@
+"""Quantizers: tensor code that knows no graph (codes, scales, ranges, and the modules)."""

@@ -1,0 +1,89 @@
+"""A streaming histogram: activation statistics in bounded memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BINS = 4096
+_FIRST_BATCH_BINS = 2048
+_SAMPLED = 1 << 18
+
+
+class StreamingHistogram:
+    """Counts values that arrive in batches, without knowing their range beforehand.
+
+    The bins lie on a lattice: bin `i` covers `[(origin + i) * width, (origin + i + 1) * width)`.
+    When a batch falls outside, the width doubles and neighbours merge, so memory stays at
+    4096 counts and 0 is always an edge. Minimum and maximum are exact; counts come from at
+    most 2^18 evenly spaced values a batch.
+
+    Example:
+        >>> histogram = StreamingHistogram()
+        >>> histogram.update(torch.tensor([0.0, 1.0]))
+        >>> histogram.update(torch.tensor([-3.0, 8.0]))
+        >>> histogram.minimum, histogram.maximum, float(histogram.counts.sum())
+        (-3.0, 8.0, 4.0)
+    """
+
+    def __init__(self) -> None:
+        self.minimum = float("inf")
+        self.maximum = float("-inf")
+        self._width = 0.0
+        self._origin = 0
+        self.counts = torch.zeros(_BINS, dtype=torch.float64)
+
+    @property
+    def centres(self) -> Tensor:
+        """Middle of each bin, `float64`, shape `[4096]`."""
+        return (torch.arange(_BINS, dtype=torch.float64) + self._origin + 0.5) * self._width
+
+    def update(self, values: Tensor) -> None:
+        """Count the values of one batch.
+
+        Args:
+            values: Any shape, at least one value.
+
+        Raises:
+            FloatingPointError: If a value is NaN or infinite.
+        """
+        flat = values.detach().reshape(-1)
+        low, high = (float(bound) for bound in torch.aminmax(flat))
+        if not (abs(low) < float("inf") and abs(high) < float("inf")):
+            raise FloatingPointError("NaN or infinite values")
+        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+        self._grow(min(0.0, self.minimum), max(0.0, self.maximum))
+        stride = -(-flat.numel() // _SAMPLED)
+        counts = torch.histc(
+            flat[::stride].float(),
+            bins=_BINS,
+            min=self._origin * self._width,
+            max=(self._origin + _BINS) * self._width,
+        )
+        self.counts += counts.cpu().double() * stride
+
+    def _grow(self, low: float, high: float) -> None:
+        """Widen the lattice until `[low, high]` fits."""
+        if self._width == 0.0:
+            span = high - low
+            self._width = span / _FIRST_BATCH_BINS if span > 0 else 1.0 / _BINS
+            self._origin = int(low // self._width) - 1 if low < 0 else 0
+        while not self._covers(low, high):
+            self._double(low)
+
+    def _covers(self, low: float, high: float) -> bool:
+        return low >= self._origin * self._width and high < (self._origin + _BINS) * self._width
+
+    def _double(self, low: float) -> None:
+        """Merge neighbouring bins and move the origin down as far as `low` needs."""
+        shift = self._origin % 2
+        padded = torch.zeros(_BINS + 2, dtype=torch.float64)
+        padded[shift : shift + _BINS] = self.counts
+        merged = padded.reshape(-1, 2).sum(dim=1)
+        origin = (self._origin - shift) // 2
+        self._width *= 2
+        target = min(origin, int(low // self._width) - 1) if low < 0 else origin
+        target = max(target, origin - (_BINS - merged.numel()))
+        self.counts = torch.zeros(_BINS, dtype=torch.float64)
+        self.counts[origin - target : origin - target + merged.numel()] = merged
+        self._origin = target

@@ -1,0 +1,1 @@
+"""Targets: what each runtime runs, as data, and one converter each."""

@@ -1,0 +1,73 @@
+"""The integer operators of the ONNX form: PyTorch operators that say what they compute.
+
+The graph is rewritten to these before export, so it can be run and checked in PyTorch, and
+each of them is translated to ONNX by one function in `translate.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxmpq.quantizers.integer import dequantize_weight, per_channel
+
+
+@torch.library.custom_op("fxmpq::quantize", mutates_args=())
+def quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """`clamp(round(x / scale) + zero_point, 0, 255)` as `uint8`."""
+    return (torch.round(x / scale) + zero_point).clamp(0, 255).to(torch.uint8)
+
+
+@quantize.register_fake
+def _(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    return torch.empty_like(x, dtype=torch.uint8)
+
+
+@torch.library.custom_op("fxmpq::dequantize", mutates_args=())
+def dequantize(codes: Tensor, scale: float, zero_point: int) -> Tensor:
+    """`scale * (codes - zero_point)` in `float32`."""
+    return (codes.float() - zero_point) * scale
+
+
+@dequantize.register_fake
+def _(codes: Tensor, scale: float, zero_point: int) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+@torch.library.custom_op("fxmpq::dequantize_channels", mutates_args=())
+def dequantize_channels(codes: Tensor, scale: Tensor) -> Tensor:
+    """`scale_c * codes_c` along the first dimension, for stored weights and biases."""
+    return dequantize_weight(codes, scale, 0)
+
+
+@dequantize_channels.register_fake
+def _(codes: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+@torch.library.custom_op("fxmpq::integer_linear", mutates_args=())
+def integer_linear(
+    x: Tensor, scale: float, zero_point: int, codes: Tensor, weight_scale: Tensor, bias: Tensor
+) -> Tensor:
+    """A linear layer on `uint8` input and `int8` weights `[in, out]`, with float output."""
+    products = (x.double() - zero_point) @ codes.double()
+    rescale = per_channel(weight_scale.double() * scale, x.dim(), -1)
+    return (products * rescale + bias.double()).float()
+
+
+@integer_linear.register_fake
+def _(
+    x: Tensor, scale: float, zero_point: int, codes: Tensor, weight_scale: Tensor, bias: Tensor
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("fxmpq::integer_embedding", mutates_args=())
+def integer_embedding(indices: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Look up rows of `int8` codes `[rows, width]` and multiply each by its row's scale."""
+    return codes[indices].float() * scale[indices].unsqueeze(-1)
+
+
+@integer_embedding.register_fake
+def _(indices: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return codes.new_empty((*indices.shape, codes.shape[1]), dtype=torch.float32)

@@ -1,0 +1,159 @@
+"""Rewriting a planned graph to integer operators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from fxmpq.graph.attributes import get_tensor
+from fxmpq.graph.operators import OPERATORS, argument
+from fxmpq.graph.rules import TargetRules
+from fxmpq.quantizers.modules import ActivationQuantizer, WeightQuantizer
+from fxmpq.quantizers.ranges import ActivationRange
+from fxmpq.targets.lowering import finish, lower, quantizer_of, store_tensor
+from fxmpq.targets.onnxruntime import operators  # noqa: F401  (registers torch.ops.fxmpq)
+
+_INT32_MAX = 2**31 - 1
+
+
+def to_integer_operators(graph: fx.GraphModule, rules: TargetRules) -> fx.GraphModule:
+    """Replace quantizers and quantized layers by operators on integer codes.
+
+    A linear layer becomes `integer_linear`, an embedding `integer_embedding`; a convolution
+    stays and reads dequantized codes on every side, which the runtime fuses. Behind an
+    operator that commutes with quantization (max pooling) the same quantization is written
+    again, so that the runtime sees codes on both sides of it.
+
+    Args:
+        graph: With chosen precisions; not changed.
+        rules: The target's.
+
+    Returns:
+        A graph without modules; weight codes are `int8` buffers named
+        `codes_<bits>bit_<weight>`.
+    """
+    rewritten = lower(graph)
+    # Readers of quantized tensors, by the node whose value is back in real numbers.
+    codes_of: dict[fx.Node, tuple[fx.Node, ActivationRange]] = {}
+    for node in list(rewritten.graph.nodes):
+        quantizer = quantizer_of(rewritten, node)
+        if isinstance(quantizer, ActivationQuantizer) and quantizer.active is not None:
+            found = quantizer.ranges[quantizer.active.name]
+            _insert_round_trip(rewritten, node, node.args[0], found, codes_of)
+            rewritten.graph.erase_node(node)
+        elif node.target in rules.through and node.args[0] in codes_of:
+            _insert_round_trip(rewritten, node, node, codes_of[node.args[0]][1], codes_of)
+    for node in list(rewritten.graph.nodes):
+        operator = OPERATORS.get(node.target)
+        quantizer = quantizer_of(rewritten, argument(node, operator.weight)) if operator else None
+        if operator is not None and isinstance(quantizer, WeightQuantizer):
+            _REWRITES[operator.kind](rewritten, node, quantizer, codes_of)
+    finish(rewritten)
+    return rewritten
+
+
+def _insert_round_trip(
+    graph: fx.GraphModule,
+    node: fx.Node,
+    source: object,
+    found: ActivationRange,
+    codes_of: dict[fx.Node, tuple[fx.Node, ActivationRange]],
+) -> None:
+    """Quantize and dequantize `source` behind `node`, whose readers then read the result."""
+    readers = list(node.users)
+    grid = (found.scale, found.zero_point)
+    with graph.graph.inserting_after(node):
+        codes = graph.graph.call_function(torch.ops.fxmpq.quantize.default, (source, *grid))
+    with graph.graph.inserting_after(codes):
+        real = graph.graph.call_function(torch.ops.fxmpq.dequantize.default, (codes, *grid))
+    for reader in readers:
+        reader.replace_input_with(node, real)
+    codes_of[real] = (codes, found)
+
+
+def _stored_weight(
+    graph: fx.GraphModule, node: fx.Node, quantizer: WeightQuantizer, *, transposed: bool = False
+) -> tuple[fx.Node, fx.Node]:
+    """Nodes that read a weight's codes and scales."""
+    active = quantizer.active
+    assert active is not None
+    with torch.no_grad():
+        codes = quantizer.codes(get_tensor(graph, quantizer.name), active)
+    codes = codes.T if transposed else codes
+    form = "transposed_" if transposed else ""
+    name = f"codes_{active.bits}bit_{form}{quantizer.name}"
+    stored = store_tensor(graph, name, codes, node)
+    return stored, store_tensor(graph, f"scale_{quantizer.name}", quantizer.scale(active), node)
+
+
+def _bias_of(graph: fx.GraphModule, node: fx.Node) -> Tensor | None:
+    source = argument(node, OPERATORS[node.target].bias)
+    return get_tensor(graph, str(source.target)) if isinstance(source, fx.Node) else None
+
+
+def _rewrite_conv(
+    graph: fx.GraphModule,
+    node: fx.Node,
+    quantizer: WeightQuantizer,
+    codes_of: dict[fx.Node, tuple[fx.Node, ActivationRange]],
+) -> None:
+    codes, scale = _stored_weight(graph, node, quantizer)
+    dequantize = torch.ops.fxmpq.dequantize_channels.default
+    with graph.graph.inserting_before(node):
+        weight = graph.graph.call_function(dequantize, (codes, scale))
+    node.update_arg(1, weight)
+    bias, source = _bias_of(graph, node), node.args[0]
+    if bias is None or source not in codes_of or quantizer.active is None:
+        return
+    # The integer kernel adds the bias to its accumulator, so it is stored in its units.
+    step = quantizer.scale(quantizer.active).double() * codes_of[source][1].scale
+    units = torch.round(bias.double() / step)
+    if units.abs().max() > _INT32_MAX:
+        return
+    name = f"{quantizer.name}.{node.name}"
+    stored = store_tensor(graph, f"bias_codes_{name}", units.to(torch.int32), node)
+    steps = store_tensor(graph, f"bias_scale_{name}", step.float(), node)
+    with graph.graph.inserting_before(node):
+        node.update_arg(2, graph.graph.call_function(dequantize, (stored, steps)))
+
+
+def _rewrite_linear(
+    graph: fx.GraphModule,
+    node: fx.Node,
+    quantizer: WeightQuantizer,
+    codes_of: dict[fx.Node, tuple[fx.Node, ActivationRange]],
+) -> None:
+    input_codes, found = codes_of[node.args[0]]
+    bias = _bias_of(graph, node)
+    codes, scale = _stored_weight(graph, node, quantizer, transposed=True)
+    bias = torch.zeros(len(get_tensor(graph, quantizer.name))) if bias is None else bias
+    stored_bias = store_tensor(graph, f"bias_{quantizer.name}.{node.name}", bias, node)
+    with graph.graph.inserting_before(node):
+        linear = graph.graph.call_function(
+            torch.ops.fxmpq.integer_linear.default,
+            (input_codes, found.scale, found.zero_point, codes, scale, stored_bias),
+        )
+    node.replace_all_uses_with(linear)
+    graph.graph.erase_node(node)
+
+
+def _rewrite_embedding(
+    graph: fx.GraphModule,
+    node: fx.Node,
+    quantizer: WeightQuantizer,
+    codes_of: dict[fx.Node, tuple[fx.Node, ActivationRange]],
+) -> None:
+    codes, scale = _stored_weight(graph, node, quantizer)
+    with graph.graph.inserting_before(node):
+        rows = graph.graph.call_function(
+            torch.ops.fxmpq.integer_embedding.default, (node.args[1], codes, scale)
+        )
+    node.replace_all_uses_with(rows)
+    graph.graph.erase_node(node)
+
+
+_REWRITES = {
+    "conv": _rewrite_conv,
+    "linear": _rewrite_linear,
+    "embedding": _rewrite_embedding,
+}

@@ -1,0 +1,100 @@
+"""What a target is, and what conversion returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from fxmpq.graph.batches import Batch
+from fxmpq.graph.rules import TargetRules
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer.
+
+    Args:
+        layer: Its name.
+        asked: The precision the plan asks for.
+        kernel: What the target runs.
+        reason: Why it stays in float or differs from what was asked; empty if it does not.
+    """
+
+    layer: str
+    asked: str
+    kernel: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model that runs on its target.
+
+    Args:
+        target: The target's name.
+        run: Takes a batch as the model does and returns the flat outputs.
+        module: What was made: a graph module, or the runtime's own object.
+        files: What was written, the main file first; empty without `output`.
+        layers: What became of each layer.
+        sqnr_db: Agreement with the simulation on the checked batches, `inf` if equal.
+    """
+
+    target: str
+    run: Callable[[Batch], Sequence[Tensor]]
+    module: object
+    files: tuple[Path, ...]
+    layers: tuple[LayerReport, ...]
+    sqnr_db: float = float("nan")
+
+    def report(self) -> list[dict[str, str]]:
+        """The layers' fates as plain rows with `layer`, `asked`, `kernel` and `reason`."""
+        return [vars(row).copy() for row in self.layers]
+
+
+Converter = Callable[[fx.GraphModule, Path | None], Converted]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime: its rules, and its converter.
+
+    Args:
+        rules: What it runs and where it quantizes.
+        convert: Makes a runnable model of a graph whose precisions are chosen.
+        description: One line for people.
+        packages: Modules the converter imports, by the extra that installs them.
+    """
+
+    rules: TargetRules
+    convert: Converter
+    description: str
+    packages: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """The target's name."""
+        return self.rules.name
+
+
+def agreement_db(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
+    """SQNR of outputs against the simulation's, `10 log10(sum y^2 / sum (y - z)^2)` in dB.
+
+    Args:
+        expected: The simulation's outputs.
+        actual: The target's, in the same order.
+
+    Returns:
+        Decibels; `inf` where there is no difference.
+    """
+    signal = noise = 0.0
+    for one, other in zip(expected, actual, strict=True):
+        if one.is_floating_point():
+            signal += float(one.double().square().sum())
+            noise += float((one.double() - other.double().to(one.device)).square().sum())
+    if noise == 0.0:
+        return float("inf")
+    return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
