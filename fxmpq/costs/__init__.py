@@ -1,0 +1,1 @@
+"""Costs: what every (group, precision) takes."""

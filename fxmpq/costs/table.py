@@ -1,0 +1,176 @@
+"""The cost table: what each choice takes, as data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fxmpq.artefact import check_fields, dump_json, load_json
+from fxmpq.errors import FxmpqError, closest
+from fxmpq.formats import Precision
+
+SCHEMA = "fxmpq.costs"
+VERSION = 1
+
+Rows = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """What every (group, precision) costs, by metric.
+
+    Args:
+        costs: Metric to group to precision name to cost; non-negative, and with the same
+            groups and precisions for every metric. Integers stay exact.
+        float_total: What the float model costs per metric: the denominator of relative
+            budgets. A metric without one takes absolute budgets only.
+        fixed: Cost per metric of what is in no group.
+        fingerprint: Of the model.
+
+    Raises:
+        FxmpqError: If tables disagree, are empty, or a cost is negative or not finite.
+
+    Example:
+        >>> table = CostTable({"weights": {"conv1": {"w4a8": 50, "w8a8": 100}}})
+        >>> table.smallest("weights"), table.total("weights", {"conv1": "w8a8"})
+        (50, 100)
+    """
+
+    costs: Mapping[str, Rows]
+    float_total: Mapping[str, float] = field(default_factory=dict)
+    fixed: Mapping[str, float] = field(default_factory=dict)
+    fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        tables = {
+            str(metric): {
+                str(group): {str(Precision.parse(name)): value for name, value in row.items()}
+                for group, row in rows.items()
+            }
+            for metric, rows in self.costs.items()
+        }
+        object.__setattr__(self, "costs", tables)
+        object.__setattr__(self, "float_total", dict(self.float_total))
+        object.__setattr__(self, "fixed", dict(self.fixed))
+        self._check()
+
+    def _check(self) -> None:
+        if not self.costs or not self.groups:
+            raise FxmpqError("a cost table needs at least one metric with one group")
+        first, expected = next(iter(self.costs.items()))
+        shape = {group: set(row) for group, row in expected.items()}
+        for metric, rows in self.costs.items():
+            if {group: set(row) for group, row in rows.items()} != shape:
+                raise FxmpqError(
+                    f"costs {metric!r} and {first!r} do not cover the same groups and precisions"
+                )
+            for group, row in rows.items():
+                if not row:
+                    raise FxmpqError(f"group {group!r} has no precision")
+                for precision, value in row.items():
+                    if not math.isfinite(value) or value < 0:
+                        raise FxmpqError(
+                            f"the cost {metric!r} of group {group!r} at {precision} is {value}; "
+                            "costs are finite and not negative"
+                        )
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics' names."""
+        return tuple(self.costs)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups' names."""
+        return tuple(next(iter(self.costs.values())))
+
+    def precisions(self, group: str) -> tuple[str, ...]:
+        """The precisions of a group.
+
+        Raises:
+            FxmpqError: If there is no such group, with the closest names.
+        """
+        return tuple(self._row(next(iter(self.costs)), group))
+
+    def cost(self, metric: str, group: str, precision: str | Precision) -> float:
+        """One entry."""
+        row, name = self._row(metric, group), str(Precision.parse(precision))
+        if name not in row:
+            raise FxmpqError(f"group {group!r} has no {name}; it has {', '.join(row)}")
+        return row[name]
+
+    def total(self, metric: str, choices: Mapping[str, str]) -> float:
+        """Cost of a choice for every group: `fixed + sum_g cost(g, choices[g])`; exact for
+        integers.
+        """
+        found = self._metric(metric)
+        return self.fixed.get(metric, 0) + sum(
+            self.cost(metric, group, choices[group]) for group in found
+        )
+
+    def smallest(self, metric: str) -> float:
+        """The least total that any choice reaches."""
+        rows = self._metric(metric).values()
+        return self.fixed.get(metric, 0) + sum(min(row.values()) for row in rows)
+
+    def largest(self, metric: str) -> float:
+        """The greatest total that any choice reaches."""
+        rows = self._metric(metric).values()
+        return self.fixed.get(metric, 0) + sum(max(row.values()) for row in rows)
+
+    def uniform(self, precision: str | Precision) -> dict[str, str]:
+        """The choice closest to one precision everywhere.
+
+        Each group takes the precision itself, else its weight-only form, else the candidate
+        nearest in weight bits.
+
+        Args:
+            precision: As `w8a8`.
+
+        Returns:
+            Precision name per group.
+        """
+        wanted = Precision.parse(precision)
+        return {group: _nearest(wanted, self.precisions(group)) for group in self.groups}
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Write as JSON; returns the text, and writes it to `path` if given."""
+        fields = {
+            "fingerprint": self.fingerprint,
+            "float_total": self.float_total,
+            "fixed": self.fixed,
+            "costs": self.costs,
+        }
+        return dump_json(SCHEMA, VERSION, fields, path)
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> CostTable:
+        """Read from a file or JSON text.
+
+        Raises:
+            FileFormatError: If it holds something else.
+        """
+        found = load_json(SCHEMA, VERSION, source)
+        check_fields(SCHEMA, found, {"costs"}, {"float_total", "fixed", "fingerprint"})
+        return cls(**found)  # type: ignore[arg-type]
+
+    def _metric(self, metric: str) -> Rows:
+        if metric not in self.costs:
+            raise FxmpqError(f"no cost {metric!r}; there are {closest(metric, self.costs)}")
+        return self.costs[metric]
+
+    def _row(self, metric: str, group: str) -> Mapping[str, float]:
+        rows = self._metric(metric)
+        if group not in rows:
+            raise FxmpqError(f"no group {group!r}; closest: {closest(group, rows)}")
+        return rows[group]
+
+
+def _nearest(wanted: Precision, names: tuple[str, ...]) -> str:
+    for exact in (wanted, wanted.weight_only):
+        if str(exact) in names:
+            return str(exact)
+    bits = wanted.weight_bits or 32
+    return min(names, key=lambda name: abs((Precision.parse(name).weight_bits or 32) - bits))

@@ -1,0 +1,1 @@
+"""The solver: budgets, the bit-width program, and the plan."""

@@ -1,0 +1,236 @@
+"""Budgets: what a plan may cost, as people write it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fxmpq.costs.table import CostTable
+from fxmpq.errors import BudgetError, InfeasibleBudgetError, closest
+
+_UNITS: Mapping[str, float] = {
+    "": 1,
+    "b": 1,
+    "kb": 1e3,
+    "mb": 1e6,
+    "gb": 1e9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "k": 1e3,
+    "m": 1e6,
+    "g": 1e9,
+    "t": 1e12,
+}
+_AMOUNT = re.compile(r"(?P<number>[0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(?P<unit>%|[a-z]*)")
+_AVERAGE = "avg_weight_bits"
+_FLOAT_BITS = 32
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One limit as asked.
+
+    Args:
+        metric: The cost it bounds.
+        amount: The greatest value allowed; a share of the float model's if `relative`.
+        relative: Whether it is a share.
+        text: As the user wrote it.
+    """
+
+    metric: str
+    amount: float
+    relative: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class ResolvedLimit:
+    """One limit in absolute units.
+
+    Args:
+        metric: The cost it bounds.
+        amount: The greatest value allowed.
+        text: As the user wrote it.
+    """
+
+    metric: str
+    amount: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a plan may cost; or what to minimise, under a limit on the loss.
+
+    Args:
+        limits: Bounds on costs.
+        minimize: A cost to minimise instead of the loss.
+        loss: The greatest loss allowed when a cost is minimised.
+
+    Example:
+        >>> budget = Budget.parse("weights=15%,bops=35G")
+        >>> [(limit.metric, limit.amount, limit.relative) for limit in budget.limits]
+        [('weights', 0.15, True), ('bops', 35000000000.0, False)]
+    """
+
+    limits: tuple[Limit, ...] = ()
+    minimize: str | None = None
+    loss: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.minimize is None and self.loss is not None:
+            raise BudgetError(
+                "a loss limit needs a cost to minimise, as in 'minimize=weights,sqnr=30'"
+            )
+        if self.minimize is not None and self.loss is None:
+            raise BudgetError(
+                f"minimising {self.minimize!r} needs a limit on the loss, as in "
+                f"'minimize={self.minimize},sqnr=30' (dB) or 'minimize={self.minimize},loss=0.01'"
+            )
+        if self.minimize is None and not self.limits:
+            raise BudgetError("the budget is empty; write for example 'weights=15%'")
+
+    @classmethod
+    def parse(cls, budget: str | Mapping[str, object] | Budget) -> Budget:
+        """Read a budget.
+
+        Text is a comma-separated list of `metric=amount`: `weights=15%` (of the float
+        model), `weights=1.5MB` (also kB, GB, KiB, MiB, GiB), `bops=35G` (k, M, G, T),
+        `avg_weight_bits=4.5`; or `minimize=weights,sqnr=30` (dB) or
+        `minimize=bops,loss=0.01`. A mapping has the same keys and values.
+
+        Raises:
+            BudgetError: If it cannot be read.
+        """
+        if isinstance(budget, Budget):
+            return budget
+        entries = _split(budget) if isinstance(budget, str) else list(budget.items())
+        if len({name for name, _ in entries}) != len(entries):
+            raise BudgetError(f"the budget {budget!r} names a cost twice")
+        limits: list[Limit] = []
+        minimize: str | None = None
+        loss: float | None = None
+        for name, value in entries:
+            if name == "minimize":
+                minimize = str(value)
+            elif name in ("loss", "sqnr"):
+                if loss is not None:
+                    raise BudgetError("give the loss limit once, as 'loss' or as 'sqnr'")
+                number, _ = _amount(name, value, units=False)
+                loss = number if name == "loss" else 10 ** (-number / 10)
+            else:
+                limits.append(_limit(name, value))
+        return cls(tuple(limits), minimize, loss)
+
+    def __str__(self) -> str:
+        parts = [limit.text for limit in self.limits]
+        if self.minimize is not None:
+            parts = [f"minimize={self.minimize}", f"loss={self.loss}", *parts]
+        return ",".join(parts)
+
+    def resolve(self, costs: CostTable) -> tuple[ResolvedLimit, ...]:
+        """Turn the limits into absolute ones.
+
+        Raises:
+            BudgetError: If a metric is not in the table, or a relative limit has no float
+                total.
+        """
+        if self.minimize is not None:
+            _check_metric(self.minimize, costs)
+        return tuple(_resolve(limit, costs) for limit in self.limits)
+
+    def check_feasible(self, costs: CostTable) -> None:
+        """Refuse a budget that no choice meets, one limit at a time.
+
+        Raises:
+            InfeasibleBudgetError: With each unreachable limit and the smallest value there is.
+            BudgetError: If a metric is not in the table.
+        """
+        resolved = self.resolve(costs)
+        if any(costs.smallest(limit.metric) > limit.amount for limit in resolved):
+            raise InfeasibleBudgetError(infeasible_message(resolved, costs))
+
+
+def infeasible_message(limits: tuple[ResolvedLimit, ...], costs: CostTable) -> str:
+    """Say of each limit what was asked and the smallest value reachable."""
+    lines = []
+    alone = True
+    for limit in limits:
+        least = costs.smallest(limit.metric)
+        total = costs.float_total.get(limit.metric)
+        share = "" if not total else f" ({100 * least / total:.2f} % of float)"
+        met = least <= limit.amount
+        alone = alone and met
+        lines.append(
+            f"  {limit.text}: at most {_number(limit.amount)}; the smallest value reachable is "
+            f"{_number(least)}{share}{'' if met else '  <- not reachable'}"
+        )
+    head = "no choice of precisions meets the budget"
+    if alone:
+        head += ": each limit can be met alone, but not all of them together"
+    return "\n".join([head, *lines, "Raise the budget, or allow candidates with fewer bits."])
+
+
+def _resolve(limit: Limit, costs: CostTable) -> ResolvedLimit:
+    metric = "weight_bits" if limit.metric == _AVERAGE else limit.metric
+    _check_metric(metric, costs)
+    if not limit.relative and limit.metric != _AVERAGE:
+        return ResolvedLimit(metric, limit.amount, limit.text)
+    total = costs.float_total.get(metric)
+    if not total:
+        raise BudgetError(
+            f"the limit {limit.text!r} is relative, but the cost table has no float total for "
+            f"{metric!r}; give an absolute limit, or float_total={{{metric!r}: ...}}"
+        )
+    share = limit.amount / _FLOAT_BITS if limit.metric == _AVERAGE else limit.amount
+    return ResolvedLimit(metric, share * total, limit.text)
+
+
+def _check_metric(metric: str, costs: CostTable) -> None:
+    if metric not in costs.metrics:
+        legal = [*costs.metrics, _AVERAGE]
+        raise BudgetError(f"no cost {metric!r} to put a budget on; there are {closest(metric, legal, 8)}")
+
+
+def _split(text: str) -> list[tuple[str, object]]:
+    entries: list[tuple[str, object]] = []
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip() or not value.strip():
+            raise BudgetError(
+                f"cannot read {part.strip()!r} in the budget {text!r}; write 'metric=amount', as "
+                "in 'weights=15%' or 'weights=1.5MB,bops=10%'"
+            )
+        entries.append((name.strip(), value.strip()))
+    return entries
+
+
+def _limit(name: str, value: object) -> Limit:
+    number, relative = _amount(name, value, units=name != _AVERAGE)
+    if number <= 0:
+        raise BudgetError(f"the limit {name}={value} must be greater than zero")
+    return Limit(name, number, relative, f"{name}={value}")
+
+
+def _amount(name: str, value: object, *, units: bool) -> tuple[float, bool]:
+    """Read a number with its unit; returns it and whether it is a share."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise BudgetError(f"the limit {name}={value} must be finite")
+        return float(value), False
+    match = _AMOUNT.fullmatch(str(value).strip().lower())
+    unit = match["unit"] if match else ""
+    if match is None or (unit != "%" and unit not in _UNITS) or (unit and not units):
+        raise BudgetError(
+            f"cannot read the amount {value!r} of {name!r}; write a number, a share such as "
+            "'15%', or a size such as '1.5MB', '200KiB' or '35G'"
+        )
+    number = float(match["number"])
+    return (number / 100, True) if unit == "%" else (number * _UNITS[unit], False)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.4g}"

@@ -1,0 +1,104 @@
+"""Plans: what was chosen, and what is known about the choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from fxmpq.artefact import check_fields, dump_json, load_json
+from fxmpq.errors import PlanError
+from fxmpq.formats import Precision
+
+SCHEMA = "fxmpq.plan"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A precision for every group.
+
+    A plan is plain data: write it, read it, edit `choices` by hand, apply it.
+
+    Args:
+        choices: Precision name per group.
+        layers: Precision name per layer, for reading; `apply` follows `choices`.
+        target: The target it was made for.
+        budget: As asked.
+        method: Sensitivity method.
+        fingerprint: Of the model; a plan is refused by another model's graph.
+        loss: Predicted loss, the sum of the choices' sensitivities.
+        costs: Total per metric.
+        relative: Share of the float model's total per metric.
+        gap: Proven relative gap of the objective, `(objective - bound) / |objective|`.
+        bound: Proven lower bound of the objective.
+        status: `optimal`, or `feasible` when the time limit came first.
+        seconds: Wall time of the solver.
+
+    Raises:
+        PlanError: If there are no choices.
+        PrecisionError: If a precision cannot be read.
+
+    Example:
+        >>> Plan({"conv1": "w8a8", "conv2": "W4A8"}).choices["conv2"]
+        'w4a8'
+    """
+
+    choices: Mapping[str, str]
+    layers: Mapping[str, str] = field(default_factory=dict)
+    target: str | None = None
+    budget: str | None = None
+    method: str | None = None
+    fingerprint: str | None = None
+    loss: float | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
+    relative: Mapping[str, float] = field(default_factory=dict)
+    gap: float | None = None
+    bound: float | None = None
+    status: str | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.choices:
+            raise PlanError("a plan needs a precision for at least one group")
+        chosen = {str(group): str(Precision.parse(name)) for group, name in self.choices.items()}
+        object.__setattr__(self, "choices", chosen)
+        object.__setattr__(self, "layers", dict(self.layers))
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Predicted output SQNR, `-10 log10(loss)` in dB, where the loss is a noise power."""
+        if self.loss is None:
+            return None
+        return math.inf if self.loss <= 0 else -10 * math.log10(self.loss)
+
+    def check(self, fingerprint: str) -> None:
+        """Refuse another model's graph.
+
+        Raises:
+            PlanError: If the fingerprints differ.
+        """
+        if self.fingerprint is not None and self.fingerprint != fingerprint:
+            raise PlanError(
+                f"the plan was made for a model with fingerprint {self.fingerprint}, and this "
+                f"graph's is {fingerprint}: other operators or other weights. Make a plan for "
+                "this model, or apply the bare choices: apply(graph, plan.choices)"
+            )
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Write as JSON; returns the text, and writes it to `path` if given."""
+        found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return dump_json(SCHEMA, VERSION, found, path)
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> Plan:
+        """Read from a file or JSON text.
+
+        Raises:
+            FileFormatError: If it holds something else.
+        """
+        found = load_json(SCHEMA, VERSION, source)
+        names = {entry.name for entry in fields(cls)}
+        check_fields(SCHEMA, found, {"choices"}, names - {"choices"})
+        return cls(**found)  # type: ignore[arg-type]
