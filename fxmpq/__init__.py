@@ -1,5 +1,50 @@
-"""Mixed-precision quantization of PyTorch models: how few bits each layer can live with."""
+"""Mixed-precision quantization of PyTorch models: how few bits each layer can live with.
+
+The steps, in the order they are walked: `trace`, `prepare`, `calibrate`, `measure`, `cost`,
+`solve`, `apply`, `convert`. `quantize` walks them in one call.
+"""
 
 from __future__ import annotations
 
+from fxmpq.calibration.calibrate import calibrate
+from fxmpq.costs.cost import cost
+from fxmpq.costs.table import CostTable
+from fxmpq.errors import FxmpqError, InfeasibleBudgetError
+from fxmpq.formats import NumberFormat, Precision
+from fxmpq.graph.trace import trace
+from fxmpq.quantize import Quantized, quantize
+from fxmpq.sensitivity.measure import measure
+from fxmpq.sensitivity.sensitivity import Sensitivity
+from fxmpq.solver.budget import Budget
+from fxmpq.solver.plan import Plan
+from fxmpq.solver.solve import solve
+from fxmpq.steps import apply, prepare
+from fxmpq.targets.convert import convert
+from fxmpq.targets.registry import TARGETS
+from fxmpq.targets.target import Converted, Target
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "TARGETS",
+    "Budget",
+    "Converted",
+    "CostTable",
+    "FxmpqError",
+    "InfeasibleBudgetError",
+    "NumberFormat",
+    "Plan",
+    "Precision",
+    "Quantized",
+    "Sensitivity",
+    "Target",
+    "apply",
+    "calibrate",
+    "convert",
+    "cost",
+    "measure",
+    "prepare",
+    "quantize",
+    "solve",
+    "trace",
+]

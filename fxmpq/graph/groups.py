@@ -94,14 +94,14 @@ def _joined(
     first: dict[object, int] = {}
     for index, layer in enumerate(layers):
         is_excluded = layer.name in excluded
-        keys: list[object] = [("weight", layer.weight)]
+        # An excluded layer shares nothing, so that those around it still find each other.
+        keys: list[object] = [("weight", layer.weight, is_excluded)]
         operator = OPERATORS[nodes[layer.node].target]
         if operator.quantizes_input and not is_excluded:
             keys.append(("input", argument(nodes[layer.node], operator.input)))
         for key in keys:
             other = first.setdefault(key, index)
-            if (layers[other].name in excluded) == is_excluded:
-                parent[max(root(other), root(index))] = min(root(other), root(index))
+            parent[max(root(other), root(index))] = min(root(other), root(index))
     members: dict[int, list[Layer]] = {}
     for index, layer in enumerate(layers):
         members.setdefault(root(index), []).append(layer)

@@ -157,9 +157,10 @@ def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
     """Copy a graph's nodes and modules; tensors, which no step changes in place, are shared."""
     tensors: Sequence[Tensor] = [*graph.parameters(), *graph.buffers()]
     memo: dict[int, object] = {id(tensor): tensor for tensor in tensors}
+    call_structure = getattr(graph.graph._codegen, "pytree_info", None)
     state = graph.meta.get(_KEY)
-    if state is not None:
-        memo[id(state)] = state
+    for frozen in (state, call_structure, getattr(graph, "_in_spec", None)):
+        memo[id(frozen)] = frozen
     for node in graph.graph.nodes:
         for value in node.meta.values():
             memo[id(value)] = value

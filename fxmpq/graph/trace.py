@@ -9,11 +9,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxmpq.errors import TraceError
 from fxmpq.graph.batches import Batch, batch_size, call_arguments
+from fxmpq.graph.export import export_program, quiet_torch
 from fxmpq.graph.legality import check_canonical
 from fxmpq.graph.passes import CANONICAL_PASSES
 from fxmpq.graph.run import record_shapes
@@ -41,7 +40,7 @@ def trace(model: nn.Module, batch: Batch) -> fx.GraphModule:
 
     Raises:
         TraceError: If the model does not export, with what `torch.export` reports.
-        BatchError: If the batch is not one of the three.
+        BatchError: If the batch is not one of the three, or the model cannot run it.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
@@ -51,8 +50,8 @@ def trace(model: nn.Module, batch: Batch) -> fx.GraphModule:
     """
     args, kwargs = call_arguments(batch)
     args, kwargs = _example((args, kwargs))
-    with torch.inference_mode(False), torch.no_grad(), _evaluating(model):
-        program, dynamic = _export(model, args, kwargs)
+    with torch.inference_mode(False), torch.no_grad(), quiet_torch(), _evaluating(model):
+        program, dynamic = export_program(model, args, kwargs)
         exported = program.module(check_guards=False)
         graph = _own_copy(exported)
         for canonical_pass in CANONICAL_PASSES:
@@ -106,53 +105,6 @@ def _example(call: tuple[tuple[object, ...], dict[str, object]]) -> tuple[
 
     args, kwargs = pytree.tree_unflatten([two(leaf) for leaf in leaves], spec)
     return args, kwargs
-
-
-def _export(
-    model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-) -> tuple[ExportedProgram, bool]:
-    """Export with free batch and sequence sizes; with fixed ones if that fails."""
-    samples = batch_size(pytree.tree_leaves((args, kwargs)))
-
-    def free_dimensions(leaf: object) -> dict[int, object] | None:
-        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != samples:
-            return None
-        free: dict[int, object] = {0: Dim.AUTO}
-        if not leaf.is_floating_point() and leaf.dim() > 1 and leaf.shape[1] > 1:
-            free[1] = Dim.AUTO
-        return free
-
-    shapes = pytree.tree_map(free_dimensions, (args, kwargs))
-    dynamic_shapes = (*shapes[0], *shapes[1].values()) if shapes[1] else tuple(shapes[0])
-    try:
-        program = torch.export.export(
-            model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
-        )
-        return program, _batch_is_free(program)
-    except Exception:  # noqa: BLE001  (any failure: fixed sizes decide whether it exports at all)
-        pass
-    try:
-        return torch.export.export(model, args, kwargs, strict=False), False
-    except Exception as error:
-        raise TraceError(
-            f"torch.export cannot take {type(model).__name__}: {_first_lines(error)}\n"
-            "What usually helps: replace control flow that depends on tensor values "
-            "(`if x.sum() > 0`, `.item()`) by torch.where or torch.cond, or trace the "
-            "sub-module that does the work."
-        ) from error
-
-
-def _batch_is_free(program: ExportedProgram) -> bool:
-    placeholders = program.graph_signature.user_inputs
-    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    values = [nodes[name].meta["val"] for name in placeholders if isinstance(name, str)]
-    sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim() > 0]
-    return bool(sizes) and not isinstance(sizes[0], int)
-
-
-def _first_lines(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: " + " | ".join(lines[:6])
 
 
 def _own_copy(exported: fx.GraphModule) -> fx.GraphModule:

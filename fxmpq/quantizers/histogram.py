@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 _BINS = 4096
 _FIRST_BATCH_BINS = 2048
 _SAMPLED = 1 << 18
+_SMALLEST_WIDTH = float(torch.finfo(torch.float32).tiny)
 
 
 class StreamingHistogram:
@@ -16,7 +19,7 @@ class StreamingHistogram:
     The bins lie on a lattice: bin `i` covers `[(origin + i) * width, (origin + i + 1) * width)`.
     When a batch falls outside, the width doubles and neighbours merge, so memory stays at
     4096 counts and 0 is always an edge. Minimum and maximum are exact; counts come from at
-    most 2^18 evenly spaced values a batch.
+    most 2^18 values a batch, spaced evenly over every dimension.
 
     Example:
         >>> histogram = StreamingHistogram()
@@ -53,21 +56,26 @@ class StreamingHistogram:
             raise FloatingPointError("NaN or infinite values")
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         self._grow(min(0.0, self.minimum), max(0.0, self.maximum))
-        stride = -(-flat.numel() // _SAMPLED)
-        counts = torch.histc(
-            flat[::stride].float(),
-            bins=_BINS,
-            min=self._origin * self._width,
-            max=(self._origin + _BINS) * self._width,
-        )
+        stride = _sampling_stride(flat.numel())
+        if self._width == 0.0:
+            self.counts[0] += flat[::stride].numel() * stride
+            return
+        # Counted in units of the width, so that edges are integers however large or small the
+        # values; rounding may push a value on the outermost edges over them.
+        first, last = self._origin, self._origin + _BINS
+        places = (flat[::stride].float() / self._width).clamp_(first, last)
+        counts = torch.histc(places, bins=_BINS, min=first, max=last)
         self.counts += counts.cpu().double() * stride
 
     def _grow(self, low: float, high: float) -> None:
         """Widen the lattice until `[low, high]` fits."""
+        if low == high:
+            return
         if self._width == 0.0:
-            span = high - low
-            self._width = span / _FIRST_BATCH_BINS if span > 0 else 1.0 / _BINS
+            self._width = max((high - low) / _FIRST_BATCH_BINS, _SMALLEST_WIDTH)
             self._origin = int(low // self._width) - 1 if low < 0 else 0
+            # Zeros seen so far move to the bin that begins at 0.
+            self.counts = self.counts.roll(-self._origin)
         while not self._covers(low, high):
             self._double(low)
 
@@ -87,3 +95,14 @@ class StreamingHistogram:
         self.counts = torch.zeros(_BINS, dtype=torch.float64)
         self.counts[origin - target : origin - target + merged.numel()] = merged
         self._origin = target
+
+
+def _sampling_stride(size: int) -> int:
+    """Smallest stride that keeps few enough values and visits all indices of every dimension.
+
+    A stride that shares a factor with a dimension would see only some of its channels.
+    """
+    stride = -(-size // _SAMPLED)
+    while math.gcd(stride, size) > 1:
+        stride += 1
+    return stride

@@ -21,7 +21,8 @@ def mse_weight_scales(weight: Tensor, formats: Sequence[NumberFormat], axis: int
     `sum_k (w_ck - scale_c * clamp(round(w_ck / scale_c), qmin, qmax))^2` over 96 scales
     from 0.25 to 2 times `max|w_c| / 2^(b-1)`. The sum runs over a histogram of
     `w_c / max|w_c|` with 2048 bins, so the cost is one pass over the weights plus one small
-    matrix product per format, whatever the number of scales tried.
+    matrix product per format, whatever the number of scales tried. A 16-bit grid is finer
+    than the bins and gains nothing from clipping: its scale is `max|w_c| / qmax`.
 
     Args:
         weight: Any shape of at least one dimension.
@@ -39,14 +40,19 @@ def mse_weight_scales(weight: Tensor, formats: Sequence[NumberFormat], axis: int
     rows = weight.detach().transpose(0, axis).reshape(weight.shape[axis], -1).float()
     peak = rows.abs().amax(dim=1)
     safe_peak = torch.where(peak > 0, peak, torch.ones_like(peak))
-    tables = [_error_table(number_format, weight.device) for number_format in formats]
-    scales = [torch.empty_like(peak) for _ in formats]
+    searched = [number_format for number_format in formats if number_format.bits <= 8]
+    tables = {entry: _error_table(entry, weight.device) for entry in searched}
+    scales = {entry: safe_peak / entry.qmax for entry in formats}
     for start in range(0, rows.shape[0], _ROWS_AT_ONCE):
         part = slice(start, start + _ROWS_AT_ONCE)
         counts = _row_histograms(rows[part] / safe_peak[part, None])
-        for out, (steps, errors) in zip(scales, tables, strict=True):
-            out[part] = steps[(counts @ errors).argmin(dim=1)] * safe_peak[part]
-    return [torch.where(peak > 0, scale, torch.ones_like(scale)) for scale in scales]
+        for number_format, (steps, errors) in tables.items():
+            best = steps[(counts @ errors).argmin(dim=1)]
+            scales[number_format][part] = best * safe_peak[part]
+    # A channel of denormal values would make a scale of zero.
+    tiny = torch.finfo(torch.float32).tiny
+    ones = torch.ones_like(peak)
+    return [torch.where(peak > 0, scales[entry].clamp(min=tiny), ones) for entry in formats]
 
 
 def _row_histograms(unit_rows: Tensor) -> Tensor:

@@ -8,10 +8,8 @@ from torch import Tensor, fx
 aten = torch.ops.aten
 
 _ASSERTIONS = (aten._assert_tensor_metadata.default,)
+_DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 _IDENTITIES = (
-    aten.dropout.default,
-    aten.feature_dropout.default,
-    aten.alpha_dropout.default,
     aten.detach.default,
     aten.detach_.default,
     aten.alias.default,
@@ -22,6 +20,8 @@ _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.def
 
 def drop_identities(graph: fx.GraphModule) -> int:
     """Remove dropout, detach, no-op casts and metadata assertions, in place on the graph.
+
+    A dropout that the model applies at inference too (`training=True`) stays.
 
     Args:
         graph: A graph exported in eval mode; changed in place.
@@ -35,7 +35,7 @@ def drop_identities(graph: fx.GraphModule) -> int:
             continue
         if node.target in _ASSERTIONS:
             graph.graph.erase_node(node)
-        elif node.target in _IDENTITIES or _is_noop_cast(node):
+        elif _is_identity(node) or _is_noop_cast(node):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
         else:
@@ -43,6 +43,10 @@ def drop_identities(graph: fx.GraphModule) -> int:
         removed += 1
     graph.recompile()
     return removed
+
+
+def _is_identity(node: fx.Node) -> bool:
+    return node.target in _IDENTITIES or (node.target in _DROPOUTS and node.args[2] is False)
 
 
 def _is_noop_cast(node: fx.Node) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -43,6 +45,8 @@ def _fold(graph: fx.GraphModule, norm: fx.Node) -> bool:
     if operator.kind == "linear" and len(layer.meta["val"].shape) != 2:
         return False
     weight_node, bias_node = layer.args[operator.weight], argument(layer, operator.bias)
+    if not all(arg is None or _is_stored(arg) for arg in norm.args[1:5]):
+        return False
     gamma, beta, mean, variance = (_value(graph, norm.args[index]) for index in range(1, 5))
     if not _is_own_tensor(weight_node) or mean is None or variance is None:
         return False
@@ -66,8 +70,7 @@ def _rewrite(
 ) -> None:
     """Give the layer its folded tensors, under the names of its own module."""
     weight_node = next(arg for arg in layer.args[:2] if getattr(arg, "op", "") == "get_attr")
-    prefix = weight_node.target.rpartition(".")[0]
-    bias_name = f"{prefix}.bias" if prefix else f"{weight_node.target}_bias"
+    bias_name = _bias_name(graph, weight_node.target, argument(layer, bias_position))
     set_tensor(graph, weight_node.target, nn.Parameter(weight, requires_grad=weight.requires_grad))
     set_tensor(graph, bias_name, nn.Parameter(bias, requires_grad=weight.requires_grad))
     with graph.graph.inserting_before(layer):
@@ -77,12 +80,24 @@ def _rewrite(
     layer.args = tuple(args)
 
 
+def _bias_name(graph: fx.GraphModule, weight: str, bias_node: object) -> str:
+    """The bias's own name, or a free one beside the weight's."""
+    if isinstance(bias_node, fx.Node):
+        return str(bias_node.target)
+    prefix = weight.rpartition(".")[0]
+    usual = f"{prefix}.bias".lstrip(".")
+    is_taken = hasattr(graph.get_submodule(prefix), "bias")
+    return f"{weight}_bias" if is_taken else usual
+
+
 def _is_own_tensor(node: object) -> bool:
     """Whether a node reads a parameter that no other node reads."""
-    return isinstance(node, fx.Node) and node.op == "get_attr" and len(node.users) == 1
+    return _is_stored(node) and len(node.users) == 1
+
+
+def _is_stored(node: object) -> TypeGuard[fx.Node]:
+    return isinstance(node, fx.Node) and node.op == "get_attr"
 
 
 def _value(graph: fx.GraphModule, node: object) -> Tensor | None:
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    return get_tensor(graph, str(node.target))
+    return get_tensor(graph, str(node.target)) if _is_stored(node) else None

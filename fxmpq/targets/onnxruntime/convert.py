@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import os
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +17,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from fxmpq.graph.batches import Batch, flat_inputs
+from fxmpq.graph.export import quiet_torch
 from fxmpq.graph.rules import TargetRules
 from fxmpq.graph.state import state_of
 from fxmpq.targets.onnxruntime.kernels import kernel_rule
@@ -86,7 +83,7 @@ def convert_onnxruntime(
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto)
     serialized = proto.SerializeToString()
-    loaded = OnnxModel(serialized)
+    loaded = OnnxModel(serialized, torch.get_num_threads())
     files = () if output is None else (_write(serialized, output),)
 
     def run(batch: Batch) -> Sequence[Tensor]:
@@ -105,7 +102,7 @@ def _export(graph: fx.GraphModule) -> ir.Model:
     shapes = pytree.tree_unflatten(free, state.call_spec)
     dynamic_shapes = (*shapes[0], *shapes[1].values())
     on_cpu = graph.to("cpu")
-    with _quiet(), torch.no_grad():
+    with quiet_torch(), torch.no_grad():
         program = torch.export.export(
             on_cpu, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
         )
@@ -129,17 +126,3 @@ def _write(serialized: bytes, output: Path) -> Path:
     temporary.write_bytes(serialized)
     os.replace(temporary, file)
     return file
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress lines and notices from the user's terminal."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

