@@ -1,0 +1,80 @@
+"""The command line: `fxmpq run recipes/resnet.yaml`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fxmpq import __version__
+from fxmpq.errors import FxmpqError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Mixed-precision quantization of PyTorch models.",
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fxmpq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Choose, layer by layer, how few bits a trained network can live with, and convert it."""
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A YAML file; where there is none, the recipe of this name that comes with "
+            "fxmpq, as recipes/resnet.yaml."
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]",
+            help="Values to use in place of the recipe's, as data.calibration_samples=256.",
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write to.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="As weights=15% or weights=1.5MB,bops=10%.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="As onnxruntime or reference.")] = None,
+) -> None:
+    """Run a recipe: quantize, convert and measure a model, and write a report."""
+    # Arrows point from recipes to fxmpq. The command line is the one exception, since `run` is
+    # the recipes' command; it imports them here, so that the library never does.
+    from fxmpq.recipes.reading import open_recipe
+    from fxmpq.recipes.run import run_recipe
+
+    flags = {"output": output, "budget": budget, "target": target}
+    named = [f"{key}={json.dumps(str(value))}" for key, value in flags.items() if value is not None]
+    run_recipe(open_recipe(recipe, [*(overrides or []), *named]))
+
+
+def main() -> None:
+    """Run the command line; an error of fxmpq is one message and exit code 2."""
+    try:
+        app()
+    except FxmpqError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(2)

@@ -1,0 +1,158 @@
+"""Compare: float, mixed and uniform plans, each converted for the target and measured there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxmpq.costs.table import CostTable
+from fxmpq.formats import Precision
+from fxmpq.graph.batches import Batch, batch_size, materialize
+from fxmpq.graph.run import run_batch
+from fxmpq.graph.state import copy_graph, require, with_state
+from fxmpq.quantize import Quantized
+from fxmpq.report.latency import latency_ms, use_threads
+from fxmpq.report.metrics import accuracy, collect_outputs, output_sqnr_db
+from fxmpq.report.report import Entry, finite_or_none
+from fxmpq.steps import apply
+from fxmpq.targets.convert import convert
+from fxmpq.targets.target import Converted
+
+FLOAT, MIXED = "float", "mixed"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    Args:
+        entries: Measurements by name: `float`, `mixed`, and each uniform precision.
+        converted: The mixed model on its target.
+        latency_samples: Batch size of the measured latencies.
+    """
+
+    entries: Mapping[str, Entry]
+    converted: Converted
+    latency_samples: int
+
+
+def compare(
+    quantized: Quantized,
+    batches: Sequence[Batch],
+    labels: Tensor,
+    *,
+    uniform: Sequence[str] | None = None,
+    output: str | Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Comparison:
+    """Convert the float, the mixed and the uniform plans for the target, and measure each.
+
+    Every model runs on the same runtime, the float one included, with one thread. SQNR is
+    against the traced float model in PyTorch. Latency is that of one sample where the traced
+    graph leaves the batch size free, else of the first batch.
+
+    Args:
+        quantized: From `quantize`.
+        batches: Test data, what the model takes.
+        labels: Classes, int64 `[samples of all batches]`.
+        uniform: Precisions for the uniform plans; those of `uniform_precisions` if `None`.
+            A group that lacks one takes its nearest, as `CostTable.uniform` says.
+        output: Folder to write the converted mixed model to.
+        say: Told what is being done.
+
+    Returns:
+        The measurements, and the converted mixed model.
+
+    Raises:
+        BatchError: If batches or labels do not fit the model.
+        TargetError: If a conversion disagrees with its simulation.
+    """
+    found = materialize(batches, what="test")
+    reference = collect_outputs(lambda batch: run_batch(quantized.calibrated, batch), found)
+    accuracy(reference, labels)  # labels that do not fit are refused before any conversion
+    names = uniform_precisions(quantized.costs) if uniform is None else uniform
+    plans = {str(Precision.parse(name)): quantized.costs.uniform(name) for name in names}
+    graphs = {
+        FLOAT: float_graph(quantized.calibrated),
+        MIXED: quantized.graph,
+        **{name: apply(quantized.calibrated, choices) for name, choices in plans.items()},
+    }
+    plans[MIXED] = dict(quantized.plan.choices)
+    sample = _one_sample(quantized.calibrated, found[0])
+    with use_threads(1):
+        converted: dict[str, Converted] = {}
+        scores: dict[str, tuple[float, float]] = {}
+        for name, graph in graphs.items():
+            say(f"converting and testing {name}")
+            written = output if name == MIXED else None
+            converted[name] = convert(graph, output=written, verify=found[:1])
+            outputs = collect_outputs(converted[name].run, found)
+            scores[name] = (accuracy(outputs, labels), output_sqnr_db(reference, outputs))
+        say("measuring latency")
+        times = latency_ms({name: model.run for name, model in converted.items()}, sample)
+    entries = {
+        name: Entry(
+            accuracy=share,
+            sqnr_db=finite_or_none(decibels),
+            weight_bytes=_total(quantized.costs, "weights", plans.get(name)),
+            bops=_total(quantized.costs, "bops", plans.get(name)),
+            latency_ms=times[name],
+        )
+        for name, (share, decibels) in scores.items()
+    }
+    return Comparison(entries, converted[MIXED], batch_size(pytree.tree_leaves(sample)))
+
+
+def uniform_precisions(costs: CostTable) -> tuple[str, ...]:
+    """The precisions worth a uniform plan: every candidate, from many bits to few.
+
+    Float is left out, and so is a weight-only precision that is only the half of another, as
+    an embedding's `w4` is of `w4a8`.
+
+    Example:
+        >>> costs = CostTable({"weights": {"a": {"w4": 5, "w8": 9}, "b": {"w4a8": 5, "w8a8": 9}}})
+        >>> uniform_precisions(costs)
+        ('w8a8', 'w4a8')
+    """
+    found = {Precision.parse(name) for group in costs.groups for name in costs.precisions(group)}
+    halves = {entry.weight_only for entry in found if entry.activation_bits is not None}
+    wanted = [entry for entry in found if not entry.is_float and entry not in halves]
+    return tuple(str(entry) for entry in sorted(wanted, key=lambda e: e.sort_key, reverse=True))
+
+
+def float_graph(graph: fx.GraphModule) -> fx.GraphModule:
+    """A calibrated graph with every group in float, which `convert` takes like any plan's.
+
+    Args:
+        graph: From `calibrate`; not changed.
+
+    Returns:
+        The baseline to measure quantized models against on the same runtime.
+    """
+    state = require(graph, stage="calibrated")
+    groups = tuple(replace(group, candidates=(Precision(),)) for group in state.groups)
+    only_float = with_state(copy_graph(graph), replace(state, groups=groups))
+    return apply(only_float, {group.name: str(Precision()) for group in groups})
+
+
+def _total(costs: CostTable, metric: str, choices: Mapping[str, str] | None) -> int:
+    total = costs.float_total[metric] if choices is None else costs.total(metric, choices)
+    return round(total)
+
+
+def _one_sample(graph: fx.GraphModule, batch: Batch) -> Batch:
+    """The first sample of a batch, or the batch if the graph's batch size is fixed."""
+    if not require(graph, stage="traced").dynamic:
+        return batch
+    leaves, spec = pytree.tree_flatten(batch)
+    samples = batch_size(leaves)
+    first = [
+        leaf[:1] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == samples else leaf
+        for leaf in leaves
+    ]
+    found: Batch = pytree.tree_unflatten(first, spec)
+    return found

@@ -1,0 +1,78 @@
+"""The layers of a plan, as rows for people."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx
+
+from fxmpq.costs.operations import bops, float_bops
+from fxmpq.costs.weights import weight_bytes
+from fxmpq.formats import Precision
+from fxmpq.graph.state import Group, Layer, require
+from fxmpq.report.report import LayerRow, finite_or_none
+from fxmpq.sensitivity.sensitivity import Sensitivity
+from fxmpq.targets.outcome import layer_precision
+from fxmpq.targets.target import Converted
+
+
+def layer_rows(
+    graph: fx.GraphModule, sensitivity: Sensitivity, converted: Converted
+) -> tuple[LayerRow, ...]:
+    """List every layer of a planned graph, and every matrix product that stays float.
+
+    Sizes and bit operations add up to the cost table's totals: weights that two layers share
+    are counted at the first.
+
+    Args:
+        graph: With chosen precisions.
+        sensitivity: That they were chosen by.
+        converted: What became of the graph.
+
+    Returns:
+        A row a layer in graph order, then what is in no group.
+    """
+    state = require(graph, stage="calibrated")
+    fates = {row.layer: row for row in converted.layers}
+    rows: list[LayerRow] = []
+    for group in state.groups:
+        chosen = group.candidate(state.choices[group.name])
+        alone = finite_or_none(sensitivity.sqnr_db(group.name, chosen))
+        seen: set[str] = set()
+        for layer in group.layers:
+            fate = fates.pop(layer.name)
+            rows.append(
+                LayerRow(
+                    layer=layer.name,
+                    group=group.name,
+                    precision=str(layer_precision(layer, chosen)),
+                    alone_db=alone,
+                    weight_bytes=_own_bytes(group, layer, chosen, seen),
+                    bops=bops(replace(group, layers=(layer,)), chosen),
+                    kernel=fate.kernel,
+                    reason=fate.reason,
+                )
+            )
+    macs = {entry.name: entry.macs for entry in state.left_float}
+    rows += [
+        LayerRow(
+            layer=name,
+            group="",
+            precision="fp32",
+            alone_db=None,
+            weight_bytes=0,
+            bops=float_bops(macs[name]),
+            kernel=fate.kernel,
+            reason=fate.reason,
+        )
+        for name, fate in fates.items()
+    ]
+    return tuple(rows)
+
+
+def _own_bytes(group: Group, layer: Layer, chosen: Precision, seen: set[str]) -> int:
+    """Bytes of a layer's weight, 0 if it was `seen` before; adds it to them."""
+    if layer.weight in seen:
+        return 0
+    seen.add(layer.weight)
+    return weight_bytes(replace(group, layers=(layer,)), chosen)

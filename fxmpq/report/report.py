@@ -1,0 +1,180 @@
+"""The report: everything that was chosen and measured, as data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TypeVar
+
+from fxmpq.artefact import check_fields, dump_json, load_json
+from fxmpq.errors import FileFormatError
+
+SCHEMA = "fxmpq.report"
+VERSION = 1
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model, converted for the target and measured there.
+
+    Args:
+        accuracy: Share of test samples classified right, in [0, 1].
+        sqnr_db: Output SQNR against the float model in PyTorch, in dB; `None` if there is no
+            difference at all.
+        weight_bytes: Stored weights with their scales; biases are not counted.
+        bops: Bit operations for one sample.
+        latency_ms: Wall time of one batch of `Report.latency_samples` on one thread.
+    """
+
+    accuracy: float
+    sqnr_db: float | None
+    weight_bytes: int
+    bops: int
+    latency_ms: float
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer of the mixed plan.
+
+    Args:
+        layer: Its name.
+        group: Name of the group that shares its precision; empty if it is in none.
+        precision: As chosen, `fp32` for what stays in float.
+        alone_db: Output SQNR predicted with only its group quantized so, in dB; `None` where
+            nothing is lost.
+        weight_bytes: Its weights and scales; 0 if another layer's weights are used again.
+        bops: Bit operations for one sample.
+        kernel: What the target runs.
+        reason: Why it stays in float or differs from what was asked; empty if it does not.
+    """
+
+    layer: str
+    group: str
+    precision: str
+    alone_db: float | None
+    weight_bytes: int
+    bops: int
+    kernel: str
+    reason: str = ""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the precision and its sensitivity are told at the group's first layer."""
+        return self.group not in ("", self.layer)
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """The best plan for one weight budget.
+
+    Args:
+        weight_bytes: What its weights take.
+        sqnr_db: Predicted output SQNR in dB.
+    """
+
+    weight_bytes: int
+    sqnr_db: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a person wants to know of a quantized model.
+
+    Args:
+        title: One line.
+        model: Which model, for people.
+        data: Which data, for people.
+        target: The target's name.
+        budget: As asked.
+        method: Sensitivity method.
+        calibration_samples: Number of samples the search saw.
+        test_samples: Number of samples `entries` were measured on.
+        latency_samples: Batch size of `Entry.latency_ms`.
+        entries: `float`, `mixed`, and one per uniform precision such as `w8a8`.
+        layers: In graph order, then what is in no group.
+        curve: Best plans from the smallest to the largest weight size.
+        predicted_sqnr_db: The plan's, in dB.
+        agreement_db: Of the converted mixed model with the simulation; `None` if equal.
+        gap: The solver's proven relative gap.
+        search_seconds: Wall time per step of the search.
+        environment: Machine and versions.
+        files: Bytes of the written files by name.
+
+    Example:
+        >>> entry = Entry(0.9, 30.0, weight_bytes=1000, bops=64, latency_ms=1.0)
+        >>> report = Report("demo", entries={"float": entry})
+        >>> Report.from_json(report.to_json()) == report
+        True
+    """
+
+    title: str
+    entries: Mapping[str, Entry]
+    model: str = ""
+    data: str = ""
+    target: str = ""
+    budget: str = ""
+    method: str = ""
+    calibration_samples: int = 0
+    test_samples: int = 0
+    latency_samples: int = 1
+    layers: tuple[LayerRow, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
+    predicted_sqnr_db: float | None = None
+    agreement_db: float | None = None
+    gap: float | None = None
+    search_seconds: Mapping[str, float] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Write as JSON; returns the text, and writes it to `path` if given."""
+        return dump_json(SCHEMA, VERSION, asdict(self), path)
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> Report:
+        """Read from a file or JSON text.
+
+        Raises:
+            FileFormatError: If it holds something else.
+        """
+        found = load_json(SCHEMA, VERSION, source)
+        optional = {entry.name for entry in fields(cls)} - {"title", "entries"}
+        check_fields(SCHEMA, found, {"title", "entries"}, optional)
+        entries = found["entries"]
+        if not isinstance(entries, dict):
+            raise FileFormatError(f"{SCHEMA}: 'entries' maps names to measurements")
+        found["entries"] = {name: _item(Entry, value) for name, value in entries.items()}
+        found["layers"] = _items(LayerRow, found.get("layers", []))
+        found["curve"] = _items(CurvePoint, found.get("curve", []))
+        return cls(**found)  # type: ignore[arg-type]
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """A number that JSON can hold: `None` in place of infinity.
+
+    Raises:
+        FileFormatError: If it is NaN.
+    """
+    if value is not None and math.isnan(value):
+        raise FileFormatError("a report cannot hold NaN; the measurement it comes from failed")
+    return None if value is None or math.isinf(value) else value
+
+
+def _items(kind: type[Item], found: object) -> tuple[Item, ...]:
+    if not isinstance(found, list):
+        raise FileFormatError(f"{SCHEMA}: expected a list of {kind.__name__}; found {found!r}")
+    return tuple(_item(kind, value) for value in found)
+
+
+def _item(kind: type[Item], found: object) -> Item:
+    if not isinstance(found, dict):
+        raise FileFormatError(f"{SCHEMA}: expected a {kind.__name__} as an object; found {found!r}")
+    try:
+        return kind(**found)
+    except TypeError as error:
+        raise FileFormatError(f"{SCHEMA}: {error}") from error

@@ -1,0 +1,114 @@
+"""The two tables of a report for the terminal."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fxmpq.report.compare import FLOAT, MIXED
+from fxmpq.report.report import Report
+from fxmpq.report.wording import counted, decibels, percent, points, shortened
+
+COLUMNS = ("accuracy", "points", "SQNR", "weights", "share", "BOPs", "share", "latency")
+"""Headings of the comparison behind the model's name; `points` and `share` are against float."""
+_OTHER_COLUMNS = 59  # what the other columns take
+
+
+def layer_table(report: Report, name_length: int = 80) -> Table:
+    """A row a layer: chosen precision, sensitivity, size, bit operations, kernel.
+
+    Sensitivity is the output SQNR with only that layer's group quantized; layers that share a
+    group show it once.
+
+    Args:
+        report: From `build_report`.
+        name_length: Longer names have the first parts of their path cut to a letter.
+
+    Returns:
+        A Rich table.
+    """
+    title = f"Layers at {report.budget} on {report.target}"
+    table = _narrow_table(title)
+    table.add_column("layer", overflow="fold")
+    table.add_column("chosen")
+    for heading in ("alone", "weights", "BOPs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("kernel", overflow="fold", min_width=20)
+    for row in report.layers:
+        quantized = row.precision != "fp32"
+        alone = "shared" if row.is_shared else decibels(row.alone_db) if quantized else ""
+        table.add_row(
+            shortened(row.layer, name_length),
+            row.precision,
+            alone,
+            counted(row.weight_bytes, "B"),
+            counted(row.bops),
+            f"{row.kernel}: {row.reason}" if row.reason else row.kernel,
+        )
+    return table
+
+
+def comparison_table(report: Report) -> Table:
+    """A row a model: accuracy, SQNR, weight size, bit operations and latency.
+
+    Args:
+        report: From `build_report`.
+
+    Returns:
+        A Rich table.
+    """
+    table = _narrow_table(
+        f"On {report.test_samples:,} test samples, all running on {report.target}"
+    )
+    table.add_column("model")
+    for heading in COLUMNS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, cells in comparison_rows(report).items():
+        table.add_row(name, *cells, style="bold" if name == MIXED else "")
+    return table
+
+
+def comparison_rows(report: Report) -> dict[str, tuple[str, ...]]:
+    """The comparison's cells as text, by model; sizes and accuracy also against float.
+
+    Args:
+        report: With an entry `float`.
+
+    Returns:
+        Per entry, the cells under `COLUMNS`.
+    """
+    base = report.entries[FLOAT]
+    return {
+        name: (
+            percent(entry.accuracy, 2),
+            "" if name == FLOAT else points(entry.accuracy - base.accuracy),
+            decibels(entry.sqnr_db),
+            counted(entry.weight_bytes, "B"),
+            percent(entry.weight_bytes / base.weight_bytes),
+            counted(entry.bops),
+            percent(entry.bops / base.bops) if base.bops else "",
+            f"{entry.latency_ms:.2f} ms",
+        )
+        for name, entry in report.entries.items()
+    }
+
+
+def print_tables(report: Report, console: Console) -> None:
+    """Print the layers, then the comparison.
+
+    Args:
+        report: From `build_report`.
+        console: Where to.
+    """
+    console.print(layer_table(report, name_length=console.width - _OTHER_COLUMNS))
+    console.print()
+    console.print(comparison_table(report))
+
+
+def _narrow_table(title: str) -> Table:
+    """A table that fits 80 columns, the width where output is no terminal."""
+    padding = (0, 1, 0, 0)
+    return Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=padding, pad_edge=False
+    )

@@ -1,0 +1,143 @@
+"""Loading what a recipe names: a trained model, calibration batches, and test batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import transformers
+from torch import Tensor, nn
+
+from fxmpq.graph.batches import Batch
+from fxmpq.recipes.fashion_mnist import embedded_subset
+from fxmpq.recipes.models.resnet20 import pretrained
+from fxmpq.recipes.schema import (
+    EmbeddedData,
+    EmbeddedModel,
+    Recipe,
+    RecipeError,
+    Task,
+    TransformersModel,
+)
+from fxmpq.recipes.table_data import load_splits, preprocessor, to_batches
+
+_CLASSES = {
+    "image-classification": transformers.AutoModelForImageClassification,
+    "text-classification": transformers.AutoModelForSequenceClassification,
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe's model and data, ready to run.
+
+    Args:
+        model: In evaluation mode.
+        calibration: Batches of what the model takes.
+        test: Batches of what the model takes.
+        labels: Classes of the test samples, int64.
+        model_text: Which model, for people.
+        data_text: Which data, for people.
+    """
+
+    model: nn.Module
+    calibration: list[Batch]
+    test: list[Batch]
+    labels: Tensor
+    model_text: str
+    data_text: str
+
+
+def load(recipe: Recipe) -> Loaded:
+    """Load a recipe's model and data.
+
+    Args:
+        recipe: From `read_recipe`.
+
+    Returns:
+        Both, with calibration samples drawn by the recipe's seed.
+
+    Raises:
+        RecipeError: If something is not there, cannot be read, or does not fit.
+    """
+    if isinstance(recipe.model, EmbeddedModel):
+        assert isinstance(recipe.data, EmbeddedData)
+        return _load_embedded(recipe.data)
+    assert not isinstance(recipe.data, EmbeddedData)
+    model = load_transformers_model(recipe.model)
+    prepare = preprocessor(recipe.model, model, recipe.data)
+    calibration, test = load_splits(recipe.data, recipe.seed)
+    size = recipe.data.batch_size
+    test_batches, labels = to_batches(test, prepare, size, label=recipe.data.label_column)
+    calibration_batches, _ = to_batches(calibration, prepare, size)
+    return Loaded(
+        model,
+        calibration_batches,
+        test_batches,
+        labels,
+        model_text=f"{recipe.model.name} ({type(model).__name__})",
+        data_text=recipe.data.describe(),
+    )
+
+
+def load_transformers_model(section: TransformersModel) -> nn.Module:
+    """Load a classifier from the hub or a local folder, from safetensors only.
+
+    Args:
+        section: Of the recipe.
+
+    Returns:
+        The model in evaluation mode, in float32.
+
+    Raises:
+        RecipeError: If it is not found or has no safetensors weights.
+    """
+    loader = _CLASSES[section.task]
+    try:
+        # Never code from the hub, never pickled weights.
+        model: nn.Module = loader.from_pretrained(
+            section.name,
+            revision=section.revision,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype="float32",
+        )
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"cannot load the model {section.name!r} for {_article(section.task)}: "
+            f"{_first_line(error)}\nName a model on the hub or a folder written by "
+            "save_pretrained, with weights in safetensors"
+        ) from error
+    return model.eval()
+
+
+def _load_embedded(data: EmbeddedData) -> Loaded:
+    subset = embedded_subset()
+    available = len(subset.calibration_images)
+    if data.calibration_samples > available:
+        raise RecipeError(
+            f"asked for {data.calibration_samples} calibration samples; the embedded data has "
+            f"{available}"
+        )
+    # The classes take turns, so that any number of first images is balanced.
+    calibration = subset.calibration_images[: data.calibration_samples]
+    test = slice(data.test_samples)
+    return Loaded(
+        pretrained(),
+        _split(calibration, data.batch_size),
+        _split(subset.test_images[test], data.batch_size),
+        subset.test_labels[test],
+        model_text="ResNet-20, trained on Fashion-MNIST by this project",
+        data_text="Fashion-MNIST, the subset that comes with fxmpq",
+    )
+
+
+def _split(images: Tensor, size: int) -> list[Batch]:
+    return [images[start : start + size] for start in range(0, len(images), size)]
+
+
+def _article(task: Task) -> str:
+    return f"{'an' if task[0] in 'aeiou' else 'a'} {task} task"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")

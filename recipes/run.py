@@ -1,0 +1,141 @@
+"""Running a recipe: from its text to a plan, a report, a picture and a converted model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from fxmpq.errors import closest
+from fxmpq.quantize import Quantized, quantize
+from fxmpq.recipes.loading import Loaded, load
+from fxmpq.recipes.schema import Recipe, RecipeError
+from fxmpq.report.build import build_report
+from fxmpq.report.html import save_html
+from fxmpq.report.latency import use_threads
+from fxmpq.report.plots import save_picture
+from fxmpq.report.report import Report
+from fxmpq.report.tables import print_tables
+from fxmpq.report.wording import decibels, percent, seconds
+from fxmpq.sensitivity.measure import METHODS, check_method
+from fxmpq.targets.registry import get_target
+
+
+def run_recipe(recipe: Recipe, console: Console | None = None) -> Report:
+    """Load, quantize, convert and measure what a recipe names, and write everything down.
+
+    Writes to `recipe.output`: `recipe.yaml` (with every default filled in), `plan.json`,
+    `report.json`, `report.html`, `tradeoff.png`, `tradeoff.svg` and the converted model.
+
+    Args:
+        recipe: From `open_recipe` or `read_recipe`.
+        console: Where progress and the two tables are printed; standard output if `None`.
+
+    Returns:
+        The report.
+
+    Raises:
+        FxmpqError: A subclass for each unusable request; what can be checked without loading
+            the model is checked first.
+    """
+    console = console or Console()
+    get_target(recipe.target)
+    options = method_options(recipe)
+    with use_threads(recipe.threads):
+        return _run(recipe, options, _writable(recipe.output), console)
+
+
+def _run(recipe: Recipe, options: Mapping[str, Any], output: Path, console: Console) -> Report:
+    say = _speaker(console)
+    say(f"loading {recipe.model.name} and its data")
+    loaded = load(recipe)
+    say(f"searching precisions for {loaded.model_text} at {recipe.budget} on {recipe.target}")
+    quantized = _search(recipe, loaded, options)
+    plan = quantized.plan
+    plan.to_json(output / "plan.json")
+    say(
+        f"found a plan with {percent(plan.relative['weights'])} of the weights' size, predicted "
+        f"output SQNR {decibels(plan.sqnr_db)} ({seconds(quantized.seconds)})"
+    )
+    report = build_report(
+        quantized,
+        loaded.test,
+        loaded.labels,
+        title=recipe.title or loaded.model_text,
+        model=loaded.model_text,
+        data=loaded.data_text,
+        calibration_samples=recipe.data.calibration_samples,
+        uniform=recipe.uniform,
+        output=output,
+        say=say,
+    )
+    console.print()
+    print_tables(report, console)
+    written = ["recipe.yaml", "plan.json", *_write(recipe, report, output), *report.files]
+    console.print(f"Written to {output}: {', '.join(written)}", soft_wrap=True, highlight=False)
+    return report
+
+
+def method_options(recipe: Recipe) -> dict[str, object]:
+    """The options of a recipe's method, with the recipe's seed where it takes one.
+
+    Args:
+        recipe: Whose `method` and `options` count.
+
+    Returns:
+        Keyword arguments of the method.
+
+    Raises:
+        FxmpqError: If the method is unknown.
+        RecipeError: If it has no such option, with those it has.
+    """
+    check_method(recipe.method)
+    parameters = inspect.signature(METHODS[recipe.method]).parameters.values()
+    legal = [entry.name for entry in parameters if entry.kind is entry.KEYWORD_ONLY]
+    for name in recipe.options:
+        if name not in legal:
+            raise RecipeError(
+                f"method {recipe.method!r} has no option {name!r}; it has {closest(name, legal)}"
+            )
+    seeds: Mapping[str, object] = {"seed": recipe.seed} if "seed" in legal else {}
+    return {**seeds, **recipe.options}
+
+
+def _search(recipe: Recipe, loaded: Loaded, options: Mapping[str, Any]) -> Quantized:
+    return quantize(
+        loaded.model,
+        loaded.calibration,
+        target=recipe.target,
+        budget=recipe.budget,
+        candidates=recipe.candidates,
+        method=recipe.method,
+        keep=recipe.keep,
+        exclude=recipe.exclude,
+        bias_correction=recipe.bias_correction,
+        **options,
+    )
+
+
+def _write(recipe: Recipe, report: Report, output: Path) -> list[str]:
+    """Write what people read; returns the file names."""
+    settings = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    (output / "recipe.yaml").write_text(settings, encoding="utf-8")
+    report.to_json(output / "report.json")
+    pages = [save_html(report, output / "report.html"), *save_picture(report, output)]
+    return ["report.json", *(page.name for page in pages)]
+
+
+def _speaker(console: Console) -> Callable[[str], None]:
+    return lambda text: console.print(f"• {text}", soft_wrap=True, highlight=False)
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"cannot write to the output folder {str(folder)!r}: {error}") from error
+    return folder

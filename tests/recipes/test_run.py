@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from fxmpq.errors import BudgetError, FxmpqError, TargetError
+from fxmpq.recipes import run as run_module
+from fxmpq.recipes.reading import open_recipe
+from fxmpq.recipes.run import method_options, run_recipe
+from fxmpq.recipes.schema import Recipe, RecipeError, read_recipe
+from fxmpq.report.report import Report
+from fxmpq.solver.plan import Plan
+
+FEW = ["data.calibration_samples=48", "data.test_samples=64", "data.batch_size=16"]
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resnet")
+
+
+@pytest.fixture(scope="module")
+def printed(output: Path) -> str:
+    """Runs the packaged recipe once, on few samples and the quicker target."""
+    recipe = open_recipe("resnet.yaml", [*FEW, "target=reference", f"output={output}"])
+    console = Console(file=io.StringIO(), width=100)
+    run_recipe(recipe, console)
+    return str(console.file.getvalue())
+
+
+def test_it_prints_what_it_does_and_both_tables(printed: str, output: Path) -> None:
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
+    assert lines[0] == "• loading resnet20-fashion-mnist and its data"
+    assert "Layers at weights=15% on reference" in lines
+    assert "On 64 test samples, all running on reference" in lines
+    assert any(line.startswith("stage1.0.conv1 w") for line in lines)
+    for name in ("float", "mixed", "w8a8", "w4a8", "w2a8"):
+        assert any(line.startswith(f"{name} ") for line in lines)
+    assert lines[-1].startswith(f"Written to {output}: ") or str(output) in printed
+
+
+def test_it_writes_everything_down(printed: str, output: Path) -> None:
+    assert {path.name for path in output.iterdir()} == {
+        "recipe.yaml",
+        "plan.json",
+        "report.json",
+        "report.html",
+        "tradeoff.png",
+        "tradeoff.svg",
+        "model.safetensors",
+        "model.json",
+    }
+    report = Report.from_json(output / "report.json")
+    plan = Plan.from_json(output / "plan.json")
+    assert plan.relative["weights"] <= 0.15
+    assert report.entries["mixed"].weight_bytes == plan.costs["weights"]
+    assert {row.layer: row.precision for row in report.layers} == plan.layers
+    assert (report.calibration_samples, report.test_samples) == (48, 64)
+    assert report.entries["float"].accuracy > 0.8
+
+
+def test_the_recipe_it_writes_runs_the_same(printed: str, output: Path) -> None:
+    written = yaml.safe_load((output / "recipe.yaml").read_text())
+    expected = open_recipe("resnet.yaml", [*FEW, "target=reference", f"output={output}"])
+    assert read_recipe(written) == expected
+
+
+def test_a_users_text_model_runs_on_onnxruntime(
+    bert_folder: Path, csv_file: Path, tmp_path: Path
+) -> None:
+    data = {
+        "source": "files",
+        "format": "csv",
+        "calibration": str(csv_file),
+        "test": str(csv_file),
+        "input_columns": ["text"],
+        "max_length": 8,
+        "calibration_samples": 8,
+        "batch_size": 8,
+    }
+    overrides = [
+        f"model.name={bert_folder}",
+        f"data={json.dumps(data)}",
+        f"output={tmp_path / 'new' / 'folder'}",
+        "keep={classifier: w8a8}",
+        "uniform=[]",
+    ]
+    report = run_recipe(open_recipe("bert.yaml", overrides), Console(file=io.StringIO()))
+    assert list(report.entries) == ["float", "mixed"]
+    assert "model.onnx" in report.files
+    chosen = {row.layer: row for row in report.layers}
+    assert chosen["classifier"].precision == "w8a8"
+    assert chosen["bert.encoder.layer.0.output.dense"].kernel.startswith("MatMulInteger")
+    assert any("attention" in row.reason for row in report.layers if row.precision == "fp32")
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "words"),
+    [
+        ("target=onnx", TargetError, "no target 'onnx'"),
+        ("method=sqrn", FxmpqError, "no sensitivity method 'sqrn'.*'sqnr'"),
+        ("options={probe: 3}", RecipeError, "no option 'probe'; it has 'probes'"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_loaded(
+    override: str,
+    error: type[Exception],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run_module, "load", lambda recipe: pytest.fail("it loads"))
+    recipe = open_recipe("resnet.yaml", [override, f"output={tmp_path}"])
+    with pytest.raises(error, match=words):
+        run_recipe(recipe, Console(file=io.StringIO()))
+
+
+def test_a_budget_out_of_reach_is_explained(tmp_path: Path) -> None:
+    recipe = open_recipe(
+        "resnet.yaml", [*FEW, "target=reference", "budget=weights=5%", f"output={tmp_path}"]
+    )
+    with pytest.raises(BudgetError, match="smallest value reachable"):
+        run_recipe(recipe, Console(file=io.StringIO()))
+
+
+def test_an_output_that_is_a_file_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    recipe = open_recipe("resnet.yaml", [f"output={tmp_path / 'file'}"])
+    with pytest.raises(RecipeError, match="cannot write to the output folder"):
+        run_recipe(recipe, Console(file=io.StringIO()))
+
+
+def test_the_seed_reaches_methods_that_take_one() -> None:
+    def options(*overrides: str) -> dict[str, object]:
+        return method_options(open_recipe("resnet.yaml", ["seed=7", *overrides]))
+
+    assert options() == {"seed": 7}
+    assert options("options={probes: 2, seed: 3}") == {"seed": 3, "probes": 2}
+    assert options("method=sqnr") == {}
+
+
+def test_the_recipes_threads_are_used_and_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+
+    def stop(recipe: Recipe) -> None:
+        used.append(torch.get_num_threads())
+        raise RecipeError("stop here")
+
+    monkeypatch.setattr(run_module, "load", stop)
+    before = torch.get_num_threads()
+    for threads in (3, None):
+        recipe = open_recipe("resnet.yaml", [f"threads={threads or 'null'}", f"output={tmp_path}"])
+        with pytest.raises(RecipeError, match="stop here"):
+            run_recipe(recipe, Console(file=io.StringIO()))
+    assert used == [3, before]
+    assert torch.get_num_threads() == before

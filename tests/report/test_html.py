@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from fxmpq.report.html import highlights, render_html, save_html
+from fxmpq.report.report import Report
+
+VOID = {"meta", "use", "path", "rect", "line", "br"}
+
+
+class Page(HTMLParser):
+    """Collects text and attributes, and checks that every element is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [str(value) for name, value in attrs if name in ("src", "href")]
+        self.links += [str(value) for name, value in attrs if name == "xlink:href"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] not in ("style", "script"):
+            self.words += data.split()
+
+
+@pytest.fixture
+def page(report: Report) -> Page:
+    return Page(render_html(report))
+
+
+def test_it_is_well_formed_and_needs_no_other_file(page: Page) -> None:
+    assert page.open == []
+    assert page.links
+    assert all(link.startswith("#") for link in page.links)  # within the picture
+
+
+def test_it_tells_summary_comparison_layers_reasons_times_and_environment(page: Page) -> None:
+    text = " ".join(page.words)
+    assert "-0.25 points against float" in text
+    assert "w4a8 92.00 % -1.75 12.0 dB 135 kB 13.5 % 1.00 G 3.3 % 0.51 ms" in text
+    assert "stem w8a8 50.0 dB 1.00 kB 1.00 M QLinearConv" in text
+    assert "shared with block.conv1" in text
+    assert "attention.0 7.00 M it is fused" in text
+    assert "measure 2.50 s in all 3.50 s" in text
+    assert "cpu a processor" in text
+    assert "model.onnx , 200 kB" in text
+    assert "512 for the search, 4,000 for the test" in text
+
+
+def test_text_from_the_report_is_escaped(report: Report) -> None:
+    evil = "<script>alert(1)</script>"
+    layers = tuple(replace(row, layer=f"{row.layer}{evil}") for row in report.layers)
+    text = render_html(replace(report, title=evil, model=evil, layers=layers))
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert "kept by &lt;you&gt;" in text
+
+
+def test_it_says_when_nothing_stays_in_float(report: Report) -> None:
+    text = render_html(replace(report, layers=report.layers[:3]))
+    assert "Nothing: every layer with weights" in text
+    assert not re.search("layer or operator", text)
+
+
+def test_highlights_compare_the_mixed_model_with_float(report: Report) -> None:
+    found = {label: (value, beside) for label, value, beside in highlights(report)}
+    assert found["weights"] == ("150 kB", "15.0 % of 1.00 MB")
+    assert found["latency"] == ("0.50 ms", "2.0 times as fast as float")
+    assert found["output SQNR"] == ("25.0 dB", "predicted 26.0 dB")
+
+
+def test_it_is_written_to_a_file(report: Report, tmp_path: Path) -> None:
+    file = save_html(report, tmp_path / "report.html")
+    assert file.read_text(encoding="utf-8") == render_html(report)

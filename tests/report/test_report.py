@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from fxmpq.errors import FileFormatError
+from fxmpq.report.report import LayerRow, Report, finite_or_none
+
+
+def test_it_survives_a_file(report: Report, tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    assert report.to_json(file) == file.read_text()
+    assert Report.from_json(file) == report
+
+
+def test_the_file_names_every_entrys_figures(report: Report) -> None:
+    content = json.loads(report.to_json())
+    assert (content["schema"], content["version"]) == ("fxmpq.report", 1)
+    assert list(content["entries"]) == ["float", "mixed", "w8a8", "w4a8", "w2a8"]
+    assert content["entries"]["mixed"] == {
+        "accuracy": 0.935,
+        "sqnr_db": 25.0,
+        "weight_bytes": 150_000,
+        "bops": 1_500_000_000,
+        "latency_ms": 0.5,
+    }
+    assert content["search_seconds"] == {"trace": 1.0, "measure": 2.5}
+    assert content["environment"]["cpu"] == "a processor"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"entries": [1]}, "'entries' maps names"),
+        ({"entries": {"float": {"accuracy": 1.0}}}, "missing 4 required"),
+        ({"entries": {"float": 3}}, "expected a Entry as an object; found 3"),
+        ({"layers": {"a": 1}}, "expected a list of LayerRow"),
+        ({"curve": [{"weight_bytes": 1, "sqnr_db": 2.0, "colour": "red"}]}, "colour"),
+        ({"titel": "x"}, "unknown fields \\['titel'\\]"),
+        ({"version": 2}, "expected version 1"),
+    ],
+)
+def test_files_that_hold_something_else_are_refused(
+    report: Report, change: dict[str, object], words: str
+) -> None:
+    content = {**json.loads(report.to_json()), **change}
+    with pytest.raises(FileFormatError, match=words):
+        Report.from_json(json.dumps(content))
+
+
+def test_infinity_becomes_none_and_nan_is_refused() -> None:
+    assert finite_or_none(math.inf) is None
+    assert finite_or_none(None) is None
+    assert finite_or_none(3.5) == 3.5
+    with pytest.raises(FileFormatError, match="NaN"):
+        finite_or_none(math.nan)
+
+
+@pytest.mark.parametrize(("group", "shared"), [("a", False), ("b", True), ("", False)])
+def test_a_layer_is_shared_where_another_names_its_group(group: str, shared: bool) -> None:
+    assert LayerRow("a", group, "w8a8", 1.0, 1, 1, "kernel").is_shared is shared

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from fxmpq.report.report import Entry, Report
+from fxmpq.report.tables import comparison_rows, comparison_table, layer_table, print_tables
+
+
+def printed(report: Report, width: int) -> list[str]:
+    console = Console(file=io.StringIO(), width=width)
+    print_tables(report, console)
+    text = console.file.getvalue()
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+def test_every_row_fits_eighty_columns_uncut(report: Report) -> None:
+    lines = printed(report, 80)
+    assert "float 93.75 % 131.0 dB 1.00 MB 100.0 % 30.0 G 100.0 % 1.00 ms" in lines
+    assert "mixed 93.50 % -0.25 25.0 dB 150 kB 15.0 % 1.50 G 5.0 % 0.50 ms" in lines
+    assert "stem w8a8 50.0 dB 1.00 kB 1.00 M QLinearConv" in lines
+    assert "block.short w4a8 shared 500 B 500 k QLinearConv" in lines
+    assert not any("…" in line for line in lines)
+
+
+def test_what_stays_float_has_a_reason_and_no_sensitivity(report: Report) -> None:
+    lines = printed(report, 120)
+    assert "head fp32 4.00 kB 3.00 M float: kept by <you>" in lines
+    assert "attention.0 fp32 0 B 7.00 M float: it is fused" in lines
+
+
+@pytest.mark.parametrize(
+    ("width", "name"),
+    [(80, "e.l.11.output.dense"), (120, "encoder.layer.11.output.dense")],
+)
+def test_long_names_are_whole_where_there_is_room(report: Report, width: int, name: str) -> None:
+    row = replace(report.layers[0], layer="encoder.layer.11.output.dense", group="")
+    lines = printed(replace(report, layers=(row,)), width)
+    assert any(line.startswith(name) for line in lines)
+
+
+def test_titles_say_what_was_asked_and_measured(report: Report) -> None:
+    assert str(layer_table(report).title) == "Layers at weights=15% on onnxruntime"
+    assert str(comparison_table(report).title).startswith("On 4,000 test samples")
+
+
+def test_a_model_without_products_has_no_share_of_them(report: Report) -> None:
+    entries = {"float": Entry(1.0, None, 10, 0, 1.0), "mixed": Entry(1.0, None, 5, 0, 1.0)}
+    rows = comparison_rows(replace(report, entries=entries))
+    assert rows["mixed"] == ("100.00 %", "+0.00", "exact", "5 B", "50.0 %", "0", "", "1.00 ms")
