@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 from _models import minilm_reviews
@@ -19,6 +21,8 @@ from torch import Tensor, fx, nn
 import fxmpq
 from fxmpq.recipes.fashion_mnist import embedded_subset
 from fxmpq.recipes.models.resnet20 import pretrained
+
+Result = TypeVar("Result")
 
 BUDGETS = ("weights=9%", "weights=12.5%", "weights=15%")
 CANDIDATES = ["w2a8", "w3a8", "w4a8", "w6a8", "w8a8"]
@@ -45,7 +49,7 @@ def sqnr(signal: Tensor, found: Tensor) -> float:
     return float(10 * torch.log10(signal.square().sum() / (found - signal).square().sum()))
 
 
-def cpu_seconds(work: Callable[[], object]) -> tuple[float, object]:
+def cpu_seconds(work: Callable[[], Result]) -> tuple[float, Result]:
     """CPU seconds of a call, and its result."""
     start = time.process_time()
     result = work()
@@ -71,9 +75,9 @@ def compare(
     found: dict[str, fxmpq.Sensitivity] = {}
     cost_of: dict[str, float] = {}
     for method in ("projected", "sqnr"):
-        seconds, result = cpu_seconds(lambda m=method: fxmpq.measure(calibrated, calibration, method=m))
-        assert isinstance(result, fxmpq.Sensitivity)
-        found[method], cost_of[method] = result, seconds / passes
+        measure = partial(fxmpq.measure, calibrated, calibration, method=method)
+        seconds, found[method] = cpu_seconds(measure)
+        cost_of[method] = seconds / passes
     pairs = [
         [sensitivity.value(*entry) for entry in sensitivity.entries]
         for sensitivity in found.values()
@@ -120,9 +124,7 @@ def main() -> None:
         table.add_column(column)
     data = embedded_subset()
     calibration = list(data.calibration_images[:512].split(64))
-    images = list(
-        zip(data.test_images.split(250), data.test_labels.split(250), strict=True)
-    )
+    images = list(zip(data.test_images.split(250), data.test_labels.split(250), strict=True))
     compare("ResNet-20", pretrained(), calibration, images, table)
     minilm, sentences, labelled = minilm_reviews()
     compare("MiniLM-L6", minilm, sentences[:8], labelled, table)

@@ -6,12 +6,14 @@ candidates w2a8, w4a8, w8a8, 4.5 bits on average; SQNR on 64 other samples.
 
 from __future__ import annotations
 
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from _models import Batch, random_images, random_tokens, resnet18, small_bert
@@ -21,15 +23,17 @@ from torch import Tensor, nn
 
 import fxmpq
 
+Result = TypeVar("Result")
+
 CANDIDATES = ["w2a8", "w4a8", "w8a8"]
 REPEATS = 3
 
 
-def cpu_seconds(work: Callable[[], object]) -> float:
-    """CPU seconds of one call."""
+def timed(work: Callable[..., Result], *args: object) -> tuple[float, Result]:
+    """CPU seconds of one call, and what it returned."""
     start = time.process_time()
-    work()
-    return time.process_time() - start
+    result = work(*args)
+    return time.process_time() - start, result
 
 
 def float_pass(model: nn.Module, batches: list[Batch]) -> None:
@@ -61,15 +65,13 @@ def measure_search(
     float_pass(model, calibration[:1])
     ratios: list[tuple[float, ...]] = []
     for _ in range(REPEATS):
-        passes = cpu_seconds(lambda: float_pass(model, calibration))
-        parts = [cpu_seconds(lambda: fxmpq.calibrate(prepared, calibration))]
-        calibrated = fxmpq.calibrate(prepared, calibration)
-        parts.append(cpu_seconds(lambda: fxmpq.measure(calibrated, calibration)))
-        sensitivity = fxmpq.measure(calibrated, calibration)
-        parts.append(cpu_seconds(lambda: fxmpq.solve(sensitivity, costs, budget)))
+        passes, _ = timed(float_pass, model, calibration)
+        calibrating, calibrated = timed(fxmpq.calibrate, prepared, calibration)
+        measuring, sensitivity = timed(fxmpq.measure, calibrated, calibration)
+        solving, plan = timed(fxmpq.solve, sensitivity, costs, budget)
+        parts = (calibrating, measuring, solving)
         ratios.append(tuple(part / passes for part in (*parts, sum(parts))))
     medians = [statistics.median(column) for column in zip(*ratios, strict=True)]
-    plan = fxmpq.solve(sensitivity, costs, budget)
     signal, found = output(model, held_out), output(fxmpq.apply(calibrated, plan), held_out)
     centred = sqnr(signal - signal.mean(0), found - found.mean(0))
     return [
@@ -95,15 +97,23 @@ def memory_probe(what: str) -> None:
     if what == "search":
         graph = fxmpq.trace(model, batches[0])
         prepared = fxmpq.prepare(graph, "reference", candidates=CANDIDATES)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water_mark()
     if what == "search":
         calibrated = fxmpq.calibrate(prepared, batches)
         fxmpq.measure(calibrated, batches)
     else:
         for batch in batches:
             model(**batch).logits.sum().backward()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    sys.stdout.write(f"{(after - before) / 1024:.0f}\n")
+    sys.stdout.write(f"{high_water_mark() - before:.0f}\n")
+
+
+def high_water_mark() -> float:
+    """This process's peak memory so far in megabytes.
+
+    Read from Linux's own books: `getrusage` would count the parent's peak in as well.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 def main() -> None:
@@ -124,7 +134,8 @@ def main() -> None:
     # 4.5 bits on average over the linear layers; the embeddings stay float.
     budget = {"weight_bits": 4.5 * sizes[nn.Linear] + 32 * sizes[nn.Embedding]}
     tokens, other_tokens = random_tokens(64, 1), random_tokens(64, 2)
-    table.add_row(*measure_search("BERT 6x384, 64 x 128 tokens", bert, tokens, other_tokens, budget))
+    name = "BERT 6x384, 64 x 128 tokens"
+    table.add_row(*measure_search(name, bert, tokens, other_tokens, budget))
     console = Console(width=120)
     console.print(table)
     search, gradients = peak_memory("search"), peak_memory("gradients")

@@ -59,7 +59,8 @@ def resnet_row() -> list[str]:
     """ResNet-18's program with five candidates a group, from a real measurement."""
     batches = random_images(16, 1, size=64)
     graph = fxmpq.trace(resnet18(), batches[0])
-    prepared = fxmpq.prepare(graph, "reference", candidates=["w2a8", "w3a8", "w4a8", "w6a8", "w8a8"])
+    candidates = ["w2a8", "w3a8", "w4a8", "w6a8", "w8a8"]
+    prepared = fxmpq.prepare(graph, "reference", candidates=candidates)
     calibrated = fxmpq.calibrate(prepared, batches)
     sensitivity = fxmpq.measure(calibrated, batches)
     costs = fxmpq.cost(prepared)
@@ -78,9 +79,7 @@ def main() -> None:
     table.add_row(*resnet_row())
     for groups, limits in ((21, 1), (21, 3), (1_000, 2), (10_000, 1), (10_000, 3)):
         seconds, solution = timed(*random_program(groups, limits))
-        table.add_row(
-            "random", f"{groups:,}", str(limits), f"{seconds:.3f}", f"{solution.gap:.1e}"
-        )
+        table.add_row("random", f"{groups:,}", str(limits), f"{seconds:.3f}", f"{solution.gap:.1e}")
     Console(width=100).print(table)
 
 

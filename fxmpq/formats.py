@@ -98,8 +98,8 @@ class Precision:
     def __post_init__(self) -> None:
         if self.weight_bits is None and self.activation_bits is not None:
             raise PrecisionError(
-                f"activations at {self.activation_bits} bits with float weights is not a precision; "
-                "write for example 'w8a8', 'w4' or 'fp32'"
+                f"activations at {self.activation_bits} bits with float weights is not a "
+                "precision; write for example 'w8a8', 'w4' or 'fp32'"
             )
         for bits in (self.weight_bits, self.activation_bits):
             if bits is not None:

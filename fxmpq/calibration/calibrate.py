@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
 from fxmpq.calibration.observe import Observations
+from fxmpq.errors import CalibrationError
 from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.batches import Batch, materialize
 from fxmpq.graph.operators import OPERATORS, argument
-from fxmpq.graph.state import Layer, copy_graph, require, with_state
+from fxmpq.graph.state import Group, Layer, copy_graph, require, with_state
 from fxmpq.progress import track
 from fxmpq.quantizers.means import MeanInput
 from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
@@ -43,12 +44,13 @@ def calibrate(
         The calibrated graph, still with every quantizer off.
 
     Raises:
-        CalibrationError: If there are no batches, or an activation is NaN or infinite
-            (naming the layer).
+        CalibrationError: If there are no batches, or a weight or activation is NaN or
+            infinite (naming the layer).
         BatchError: If a batch does not fit the model.
     """
     state = require(graph, stage="prepared")
     found = materialize(batches)
+    _check_weights(graph, state.groups)
     calibrated = copy_graph(graph)
     with torch.inference_mode(False), torch.no_grad():
         observations = Observations(calibrated)
@@ -66,6 +68,16 @@ def calibrate(
                 if bias_correction and layer.bias_correction is not None:
                     _set_bias_shifts(calibrated, layer, observations.means[layer.node])
     return with_state(calibrated, replace(state, calibrated=True))
+
+
+def _check_weights(graph: fx.GraphModule, groups: Sequence[Group]) -> None:
+    for group in groups:
+        for layer in group.layers:
+            if not torch.isfinite(get_tensor(graph, layer.weight)).all():
+                raise CalibrationError(
+                    f"the weight of layer {layer.name!r} holds NaN or infinite values; check the "
+                    "checkpoint it was loaded from"
+                )
 
 
 def _set_weight_scales(graph: fx.GraphModule, layer: Layer) -> None:

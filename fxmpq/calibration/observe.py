@@ -62,7 +62,8 @@ class Observations(fx.Interpreter):
                 if not torch.isfinite(output).all():
                     raise CalibrationError(
                         f"the model's output holds NaN or infinite values in calibration batch "
-                        f"{self._batch}; {_REMEDY}"
+                        f"{self._batch}, first in {_first_not_finite(self._graph, inputs)}; "
+                        f"{_REMEDY}"
                     )
         if self._batch == 0:
             raise CalibrationError(
@@ -109,3 +110,33 @@ def _owners(state: GraphState) -> dict[str, str]:
             if layer.input_quantizer is not None:
                 owners[layer.input_quantizer] = layer.name
     return owners
+
+
+def _first_not_finite(graph: fx.GraphModule, inputs: list[object]) -> str:
+    """Where a run first goes wrong: NaN if there is any, since masks may rightly be infinite."""
+    checker = _FiniteChecker(graph)
+    with torch.no_grad():
+        checker.run(*inputs, enable_io_processing=False)
+    node = checker.first_nan or checker.first_infinite
+    assert node is not None
+    kinds = {"placeholder": "the model's input", "get_attr": "its stored tensor"}
+    if node.op in kinds:
+        return f"{kinds[node.op]} {str(node.target)!r}"
+    return repr(place_of(node))
+
+
+class _FiniteChecker(fx.Interpreter):
+    """Notes the first nodes whose results are not finite."""
+
+    first_nan: fx.Node | None = None
+    first_infinite: fx.Node | None = None
+
+    def run_node(self, n: fx.Node) -> object:
+        """Run one node and look at its result."""
+        result = super().run_node(n)
+        for tensor in float_outputs(result):
+            if self.first_nan is None and torch.isnan(tensor).any():
+                self.first_nan = n
+            if self.first_infinite is None and torch.isinf(tensor).any():
+                self.first_infinite = n
+        return result

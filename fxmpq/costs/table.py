@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 
-from fxmpq.artefact import check_fields, dump_json, load_json
+from fxmpq.artefact import build, check_fields, dump_json, load_json
 from fxmpq.errors import FxmpqError, closest
 from fxmpq.formats import Precision
 
@@ -26,11 +27,12 @@ class CostTable:
             groups and precisions for every metric. Integers stay exact.
         float_total: What the float model costs per metric: the denominator of relative
             budgets. A metric without one takes absolute budgets only.
-        fixed: Cost per metric of what is in no group.
+        fixed: Cost per metric of what is in no group; 0 where it is not given.
         fingerprint: Of the model.
 
     Raises:
-        FxmpqError: If tables disagree, are empty, or a cost is negative or not finite.
+        FxmpqError: If tables disagree, are empty, a total is for no metric, or a cost is
+            negative or not finite.
 
     Example:
         >>> table = CostTable({"weights": {"conv1": {"w4a8": 50, "w8a8": 100}}})
@@ -46,14 +48,23 @@ class CostTable:
     def __post_init__(self) -> None:
         tables = {
             str(metric): {
-                str(group): {str(Precision.parse(name)): value for name, value in row.items()}
+                str(group): {
+                    str(Precision.parse(name)): _cost(
+                        f"the cost {metric!r} of group {group!r} at {name}", value
+                    )
+                    for name, value in row.items()
+                }
                 for group, row in rows.items()
             }
             for metric, rows in self.costs.items()
         }
         object.__setattr__(self, "costs", tables)
-        object.__setattr__(self, "float_total", dict(self.float_total))
-        object.__setattr__(self, "fixed", dict(self.fixed))
+        for name in ("float_total", "fixed"):
+            totals = {
+                str(metric): _cost(f"{name} of {metric!r}", value)
+                for metric, value in getattr(self, name).items()
+            }
+            object.__setattr__(self, name, totals)
         self._check()
 
     def _check(self) -> None:
@@ -69,12 +80,13 @@ class CostTable:
             for group, row in rows.items():
                 if not row:
                     raise FxmpqError(f"group {group!r} has no precision")
-                for precision, value in row.items():
-                    if not math.isfinite(value) or value < 0:
-                        raise FxmpqError(
-                            f"the cost {metric!r} of group {group!r} at {precision} is {value}; "
-                            "costs are finite and not negative"
-                        )
+        for name, totals in (("float_total", self.float_total), ("fixed", self.fixed)):
+            for metric in totals:
+                if metric not in self.costs:
+                    raise FxmpqError(
+                        f"{name} names {metric!r}, which has no costs; there are "
+                        f"{closest(metric, self.costs)}"
+                    )
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -102,23 +114,33 @@ class CostTable:
         return row[name]
 
     def total(self, metric: str, choices: Mapping[str, str]) -> float:
-        """Cost of a choice for every group: `fixed + sum_g cost(g, choices[g])`; exact for
-        integers.
+        """Cost of a choice for every group: `fixed + sum_g cost(g, choices[g])`.
+
+        Args:
+            metric: Which cost.
+            choices: Precision name per group.
+
+        Returns:
+            The total, exact for integers.
+
+        Raises:
+            FxmpqError: If a metric, group or precision is not there, or a group has no choice.
         """
         found = self._metric(metric)
-        return self.fixed.get(metric, 0) + sum(
-            self.cost(metric, group, choices[group]) for group in found
-        )
+        missing = [group for group in found if group not in choices]
+        if missing:
+            raise FxmpqError(f"the choices name no precision for {', '.join(missing[:5])}")
+        return self._sum(metric, [self.cost(metric, group, choices[group]) for group in found])
 
     def smallest(self, metric: str) -> float:
         """The least total that any choice reaches."""
         rows = self._metric(metric).values()
-        return self.fixed.get(metric, 0) + sum(min(row.values()) for row in rows)
+        return self._sum(metric, [min(row.values()) for row in rows])
 
     def largest(self, metric: str) -> float:
         """The greatest total that any choice reaches."""
         rows = self._metric(metric).values()
-        return self.fixed.get(metric, 0) + sum(max(row.values()) for row in rows)
+        return self._sum(metric, [max(row.values()) for row in rows])
 
     def uniform(self, precision: str | Precision) -> dict[str, str]:
         """The choice closest to one precision everywhere.
@@ -154,7 +176,12 @@ class CostTable:
         """
         found = load_json(SCHEMA, VERSION, source)
         check_fields(SCHEMA, found, {"costs"}, {"float_total", "fixed", "fingerprint"})
-        return cls(**found)  # type: ignore[arg-type]
+        return build(SCHEMA, cls, found)
+
+    def _sum(self, metric: str, parts: list[float]) -> float:
+        parts = [self.fixed.get(metric, 0), *parts]
+        exact = all(isinstance(part, int) for part in parts)
+        return sum(parts) if exact else math.fsum(parts)
 
     def _metric(self, metric: str) -> Rows:
         if metric not in self.costs:
@@ -166,6 +193,13 @@ class CostTable:
         if group not in rows:
             raise FxmpqError(f"no group {group!r}; closest: {closest(group, rows)}")
         return rows[group]
+
+
+def _cost(what: str, value: object) -> float:
+    """The value as a plain number; an integer stays one."""
+    if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+        raise FxmpqError(f"{what} is {value!r}; costs are finite numbers and not negative")
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _nearest(wanted: Precision, names: tuple[str, ...]) -> str:

@@ -46,17 +46,23 @@ def flat_inputs(graph: fx.GraphModule, batch: Batch) -> list[object]:
     """Flatten a batch into the graph's placeholders, checking that it fits.
 
     Raises:
-        BatchError: If arguments, ranks, fixed sizes or dtypes differ from the traced ones.
+        BatchError: If arguments, ranks, fixed sizes, dtypes or values other than tensors differ
+            from the traced ones, or a size is more than the model takes.
     """
-    spec = state_of(graph).call_spec
+    state = state_of(graph)
+    spec = state.call_spec
     args, kwargs = call_arguments(batch)
     kwargs = _in_traced_order(kwargs, spec)
     leaves, found = pytree.tree_flatten((args, kwargs))
     if found != spec:
         raise BatchError(f"the model was traced with the call {spec}; this batch is {found}")
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    for node, leaf in zip(placeholders, leaves, strict=True):
-        _check_leaf(node, leaf)
+    free: dict[str, int] = {}
+    for node, traced, leaf in zip(placeholders, state.example, leaves, strict=True):
+        if not isinstance(traced, Tensor):
+            _check_constant(node, traced, leaf)
+        else:
+            _check_tensor(node, leaf, free)
     device = graph_device(graph)
     return [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
@@ -96,6 +102,14 @@ def batch_size(inputs: Sequence[object]) -> int:
     return 1
 
 
+def fixed_size(size: int | torch.SymInt) -> int | None:
+    """A traced size as a number; `None` if it is free."""
+    if isinstance(size, int):
+        return size
+    found: int | None = size.node.maybe_as_int()
+    return found
+
+
 def _in_traced_order(kwargs: dict[str, object], spec: pytree.TreeSpec) -> dict[str, object]:
     names = list(spec.child(1).context)
     for name in kwargs:
@@ -111,18 +125,54 @@ def _in_traced_order(kwargs: dict[str, object], spec: pytree.TreeSpec) -> dict[s
     return {name: kwargs[name] for name in names}
 
 
-def _check_leaf(node: fx.Node, leaf: object) -> None:
-    traced = node.meta.get("val")
-    if not isinstance(traced, Tensor):
-        return
+def _check_constant(node: fx.Node, traced: object, found: object) -> None:
+    """What is no tensor became part of the graph, so it must be what was traced."""
+    if isinstance(found, Tensor) or type(found) is not type(traced) or found != traced:
+        raise BatchError(
+            f"argument {node.name!r} must be {traced!r}, with which the model was traced; found "
+            f"{'a tensor' if isinstance(found, Tensor) else repr(found)}. Trace it with that"
+        )
+
+
+def _check_tensor(node: fx.Node, leaf: object, found: dict[str, int]) -> None:
+    """Check a tensor's dtype and sizes; `found` collects this batch's free sizes by name."""
+    traced = node.meta["val"]
     if not isinstance(leaf, Tensor):
         raise BatchError(f"argument {node.name!r} must be a tensor; found {type(leaf).__name__}")
-    expected = [size if isinstance(size, int) else "any" for size in traced.shape]
-    fits = len(expected) == leaf.dim() and all(
-        size in ("any", actual) for size, actual in zip(expected, leaf.shape, strict=True)
+    # Every argument has the same samples, even where the model would broadcast them.
+    names = ["samples" if axis == 0 else str(size) for axis, size in enumerate(traced.shape)]
+    expected = [
+        str(fixed_size(size) or found.get(name) or _describe(size))
+        for name, size in zip(names, traced.shape, strict=True)
+    ]
+    fits = len(names) == leaf.dim() and all(
+        _fits(size, actual, name, found)
+        for name, size, actual in zip(names, traced.shape, leaf.shape, strict=True)
     )
     if not fits or traced.dtype != leaf.dtype:
         raise BatchError(
-            f"argument {node.name!r} must have shape {expected} and dtype {traced.dtype}; "
-            f"found {list(leaf.shape)} and {leaf.dtype}"
+            f"argument {node.name!r} must have shape [{', '.join(expected)}] and dtype "
+            f"{traced.dtype}; found {list(leaf.shape)} and {leaf.dtype}"
         )
+
+
+def _fits(size: int | torch.SymInt, actual: int, name: str, found: dict[str, int]) -> bool:
+    """Whether a size may be `actual`: as traced, or where free one in all places."""
+    fixed = fixed_size(size)
+    if fixed is not None or isinstance(size, int):
+        return actual == fixed
+    largest = _largest(size)
+    is_small_enough = largest is None or actual <= largest
+    return is_small_enough and found.setdefault(name, actual) == actual
+
+
+def _describe(size: torch.SymInt) -> str:
+    """A free size for people."""
+    largest = _largest(size)
+    return "any" if largest is None else f"at most {largest}"
+
+
+def _largest(size: torch.SymInt) -> int | None:
+    """The largest value that the export found the model to take."""
+    upper = size.node.shape_env.bound_sympy(size.node.expr).upper
+    return int(upper) if upper.is_Integer else None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import io
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +20,8 @@ from torch.utils import _pytree as pytree
 
 import fxmpq
 from fxmpq.errors import BatchError, TraceError
-from fxmpq.graph.batches import batch_size
+from fxmpq.graph.aliases import writes_through_views
+from fxmpq.graph.batches import batch_size, fixed_size
 
 _OWN_FOLDERS = (str(Path(torch.__file__).parent), str(Path(fxmpq.__file__).parent))
 
@@ -40,15 +43,16 @@ def export_program(
         BatchError: If the model itself cannot run the example.
         TraceError: If the model does not export, with the line that torch.export stopped at.
     """
-    shapes = _free_shapes(args, kwargs)
     try:
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-        return program, _batch_is_free(program)
+        shapes = _free_shapes(model, args, kwargs)
+        with _named_arguments(model, list(shapes)):
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        return _functional(program), _batch_is_free(program)
     except Exception:  # noqa: BLE001, S110  (fixed sizes decide whether it exports at all)
         pass
     _check_runs(model, args, kwargs)
     try:
-        return torch.export.export(model, args, kwargs, strict=False), False
+        return _functional(torch.export.export(model, args, kwargs, strict=False)), False
     except Exception as error:
         raise TraceError(
             f"torch.export cannot take {type(model).__name__}: {_first_line(error)}\n"
@@ -79,8 +83,23 @@ def quiet_torch() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _free_shapes(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[object, ...]:
-    """Leave the batch dimension free, and of integer inputs the sequence dimension too."""
+def _functional(program: ExportedProgram) -> ExportedProgram:
+    """Make a program functional where renaming the results of in-place operators is not enough."""
+    return program.run_decompositions({}) if writes_through_views(program) else program
+
+
+def _free_shapes(
+    model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> dict[str, object]:
+    """Leave the batch dimension free, and of integer inputs the sequence dimension too.
+
+    Per argument, under the model's own names, since keyword arguments may come in any order.
+    """
+    signature = inspect.signature(model.forward)
+    named = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named.update(named.pop(name, {}))
     samples = batch_size(pytree.tree_leaves((args, kwargs)))
 
     def free_dimensions(leaf: object) -> dict[int, object] | None:
@@ -91,8 +110,37 @@ def _free_shapes(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[o
             free[1] = Dim.AUTO
         return free
 
-    shapes = pytree.tree_map(free_dimensions, (args, kwargs))
-    return (*shapes[0], *shapes[1].values())
+    return {name: pytree.tree_map(free_dimensions, value) for name, value in named.items()}
+
+
+@contextmanager
+def _named_arguments(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """For the time of an export, name the arguments that a model takes as `**kwargs`.
+
+    torch.export (2.13) finds no dynamic shapes for arguments that the signature does not name.
+    """
+    forward, own = model.forward, vars(model).get("forward")
+    signature = inspect.signature(forward)
+    unnamed = [name for name in names if name not in signature.parameters]
+    if not unnamed:
+        yield
+        return
+
+    @functools.wraps(forward)
+    def named(*args: object, **kwargs: object) -> object:
+        return forward(*args, **kwargs)
+
+    kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    kept += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in unnamed]
+    vars(named)["__signature__"] = signature.replace(parameters=kept)
+    vars(model)["forward"] = named
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(model)["forward"]
+        else:
+            vars(model)["forward"] = own
 
 
 def _batch_is_free(program: ExportedProgram) -> bool:
@@ -100,7 +148,7 @@ def _batch_is_free(program: ExportedProgram) -> bool:
     inputs = [nodes[name] for name in program.graph_signature.user_inputs if name in nodes]
     values = [node.meta["val"] for node in inputs]
     sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim() > 0]
-    return bool(sizes) and not isinstance(sizes[0], int)
+    return bool(sizes) and fixed_size(sizes[0]) is None
 
 
 def _check_runs(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -99,6 +100,8 @@ def float_matmul_macs(node: fx.Node) -> int:
     `T S (d + e)` for each leading index; a matrix product `[..., T, d] x [d, S]` does
     `T d S`; for a transposed convolution each input value meets the weights of its channel.
     """
+    if node.target is aten.einsum.default:
+        return _einsum_macs(node)
     shapes = [node_shape(arg) for arg in node.args if isinstance(arg, fx.Node)]
     known = [shape for shape in shapes if shape is not None]
     output = node_shape(node) or torch.Size([0])
@@ -112,6 +115,23 @@ def float_matmul_macs(node: fx.Node) -> int:
     if node.target in (aten.addmm.default, aten.baddbmm.default) and len(products) >= 2:
         return int(output.numel() * products[-2][-1])
     return int(output.numel() * known[0][-1]) if known and len(known[0]) > 0 else 0
+
+
+def _einsum_macs(node: fx.Node) -> int:
+    """One multiply-accumulate for every combination of index values, an ellipsis's included."""
+    terms = str(node.args[0]).replace(" ", "").partition("->")[0].split(",")
+    sizes: dict[object, int] = {}
+    operands = node.args[1]
+    assert isinstance(operands, (tuple, list))
+    for term, operand in zip(terms, operands, strict=True):
+        shape = list(node_shape(operand) or ()) if isinstance(operand, fx.Node) else []
+        before, dots, after = term.partition("...")
+        hidden = len(shape) - len(before) - len(after) if dots else 0
+        # Hidden dimensions are counted from the right, as they broadcast.
+        names = [*before, *range(-hidden, 0), *after]
+        for name, size in zip(names, shape, strict=True):
+            sizes[name] = max(sizes.get(name, 1), size)
+    return math.prod(sizes.values())
 
 
 def is_real_tensor(node: fx.Node) -> bool:

@@ -30,9 +30,9 @@ def insert_quantizers(
 ) -> fx.GraphModule:
     """Group a graph's layers by a target's rules and insert quantizers, all off.
 
-    Every distinct weight gets a weight quantizer, every weighted call a bias correction, and
-    every tensor the target stores in low bits an activation quantizer. With all of them off
-    the graph computes what it did before, bit for bit.
+    Every distinct weight gets a weight quantizer, every weighted call a bias correction (unless
+    its bias is computed), and every tensor the target stores in low bits an activation
+    quantizer. With all of them off the graph computes what it did before, bit for bit.
 
     Args:
         graph: From `trace`; it is copied, not changed.
@@ -131,7 +131,7 @@ def _insert_weight_quantizer(
     weight = argument(node, operator.weight)
     assert isinstance(weight, fx.Node)
     quantizer_name = f"{_HOME}.weight_{weight.name}"
-    quantized = nodes.get(quantizer_name) or _existing(weight, quantizer_name)
+    quantized = _existing(weight, quantizer_name)
     if quantized is None:
         formats = _distinct(candidate.weight for candidate in group.candidates)
         quantizer = WeightQuantizer(layer.weight, formats, layer.channel_axis)
@@ -148,12 +148,15 @@ def _insert_weight_quantizer(
         weight_quantizer=quantizer_name,
         input_quantizer=input_name if is_quantizer else None,
     )
-    if operator.bias is None:
+    bias = argument(node, operator.bias)
+    assert bias is None or isinstance(bias, fx.Node)
+    is_computed = bias is not None and bias.op != "get_attr"
+    if operator.bias is None or is_computed:
         return layer
     correction_name = f"{_HOME}.bias_{node.name}"
     graph.add_submodule(correction_name, BiasCorrection(layer.name))
     with graph.graph.inserting_before(node):
-        corrected = graph.graph.call_module(correction_name, (argument(node, operator.bias),))
+        corrected = graph.graph.call_module(correction_name, (bias,))
     args = list(node.args) + [None] * (operator.bias + 1 - len(node.args))
     args[operator.bias] = corrected
     node.args = tuple(args)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
+from fxmpq.errors import FxmpqError
 from fxmpq.graph.batches import Batch, flat_inputs, graph_device
 from fxmpq.graph.state import state_of
 
@@ -57,12 +58,20 @@ def flatten_outputs(outputs: object, samples: int) -> Tensor:
     Returns:
         Shape `[samples, values]`; outputs whose first dimension is not a multiple of
         `samples` are left out.
+
+    Raises:
+        FxmpqError: If no output is left.
     """
     rows = [
         tensor.reshape(samples, -1)
         for tensor in float_outputs(outputs)
         if tensor.dim() > 0 and tensor.shape[0] % samples == 0
     ]
+    if not rows:
+        raise FxmpqError(
+            "the model returns no floating-point tensor with a batch dimension, so there is "
+            "nothing to measure; return the logits or features instead"
+        )
     return torch.cat(rows, dim=1)
 
 

@@ -157,9 +157,9 @@ def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
     """Copy a graph's nodes and modules; tensors, which no step changes in place, are shared."""
     tensors: Sequence[Tensor] = [*graph.parameters(), *graph.buffers()]
     memo: dict[int, object] = {id(tensor): tensor for tensor in tensors}
-    call_structure = getattr(graph.graph._codegen, "pytree_info", None)
     state = graph.meta.get(_KEY)
-    for frozen in (state, call_structure, getattr(graph, "_in_spec", None)):
+    # torch warns when the trees that describe the call are copied.
+    for frozen in (state, *(vars(graph).get(name) for name in ("_in_spec", "_out_spec"))):
         memo[id(frozen)] = frozen
     for node in graph.graph.nodes:
         for value in node.meta.values():

@@ -6,9 +6,11 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from fxmpq.graph.batches import Batch, batch_size, call_arguments
@@ -65,7 +67,7 @@ def trace(model: nn.Module, batch: Batch) -> fx.GraphModule:
 
 
 def fingerprint(graph: fx.GraphModule) -> str:
-    """Hash a graph's operators, their connections and its weights.
+    """Hash a graph's operators, their arguments (devices aside) and its weights.
 
     Args:
         graph: A canonical graph without quantizers.
@@ -74,10 +76,16 @@ def fingerprint(graph: fx.GraphModule) -> str:
         32 hexadecimal digits (BLAKE2b), equal for equal models on every device.
     """
     digest = hashlib.blake2b(digest_size=16)
-    numbers = {node: str(index) for index, node in enumerate(graph.graph.nodes)}
+    numbers = {node: f"%{index}" for index, node in enumerate(graph.graph.nodes)}
+
+    def described(argument: fx.node.Argument) -> fx.node.Argument:
+        if isinstance(argument, fx.Node):
+            return numbers[argument]
+        return None if isinstance(argument, torch.device) else argument
+
     for node in graph.graph.nodes:
-        inputs = ",".join(numbers[source] for source in node.all_input_nodes)
-        digest.update(f"{node.op} {node.target} {inputs};".encode())
+        arguments = fx.node.map_aggregate((node.args, node.kwargs), described)
+        digest.update(f"{node.op} {node.target} {arguments!r};".encode())
     for name, tensor in sorted(graph.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -85,9 +93,9 @@ def fingerprint(graph: fx.GraphModule) -> str:
     return digest.hexdigest()
 
 
-def _example(call: tuple[tuple[object, ...], dict[str, object]]) -> tuple[
-    tuple[object, ...], dict[str, object]
-]:
+def _example(
+    call: tuple[tuple[object, ...], dict[str, object]],
+) -> tuple[tuple[object, ...], dict[str, object]]:
     """Cut a call to two samples; repeat a single one, since exporting 1 fixes the size to 1."""
     leaves, spec = pytree.tree_flatten(call)
     samples = batch_size(leaves)
@@ -107,18 +115,32 @@ def _example(call: tuple[tuple[object, ...], dict[str, object]]) -> tuple[
     return args, kwargs
 
 
+class _CallStructure(_PyTreeCodeGen):
+    """How the graph's call maps to its placeholders; frozen, so copies share it.
+
+    Copying the trees inside would copy leaves, which torch warns about.
+    """
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _CallStructure:
+        return self
+
+
 def _own_copy(exported: fx.GraphModule) -> fx.GraphModule:
     """A plain graph module with tensors of its own, which tolerates `.train()` and `.eval()`."""
-    graph = fx.GraphModule(exported, copy.deepcopy(exported.graph), "QuantizableGraph")
+    nodes = copy.deepcopy(exported.graph)
+    codegen = exported.graph._codegen
+    if isinstance(codegen, _PyTreeCodeGen):
+        nodes.set_codegen(_CallStructure(codegen.pytree_info))
+    graph = fx.GraphModule(exported, nodes, "QuantizableGraph")
     memo: dict[int, Tensor] = {}
     for module in graph.modules():
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is not None:
-                    table[name] = _clone_once(tensor, memo)
-    for attribute in ("_in_spec", "_out_spec"):
-        if hasattr(exported, attribute):
-            setattr(graph, attribute, getattr(exported, attribute))
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                own = _clone_once(parameter, memo)
+                module._parameters[name] = cast("nn.Parameter", own)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = _clone_once(buffer, memo)
     return graph.eval()
 
 

@@ -14,6 +14,7 @@ from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.batches import Batch, batch_size, flat_inputs
 from fxmpq.graph.operators import OPERATORS, argument
 from fxmpq.graph.run import flatten_outputs
+from fxmpq.graph.samples import SampleStrides, samples_first, sum_per_sample
 from fxmpq.graph.state import Group, Layer, require
 from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
 from fxmpq.sensitivity.sensitivity import Sensitivity
@@ -110,6 +111,7 @@ class _ProjectionPass(fx.Interpreter):
             self._layers.update({layer.node: (group, layer) for layer in group.layers})
             self._quantizers.update(dict.fromkeys(group.activation_quantizers, group))
         self._width = width
+        self._strides = SampleStrides(graph)
         self._samples = 0
         self._rows = torch.empty(0)
 
@@ -118,6 +120,7 @@ class _ProjectionPass(fx.Interpreter):
     ) -> tuple[Tensor, float]:
         """Project one batch: rows `[samples * probes, entries]`, and the output's power."""
         self._samples = batch_size(inputs)
+        self._strides.start(self._samples)
         with torch.inference_mode(False), torch.enable_grad():
             outputs = self.run(*inputs, enable_io_processing=False)
             flat = flatten_outputs(outputs, self._samples)
@@ -140,29 +143,31 @@ class _ProjectionPass(fx.Interpreter):
     def run_node(self, n: fx.Node) -> object:
         """Run one node; at layers and quantizers, wait for the gradient of the result."""
         result = super().run_node(n)
+        self._strides.record(n, result)
         if n.op == "call_module" and str(n.target) in self._quantizers:
             assert isinstance(result, Tensor)
             if result.requires_grad or not self._read_by_layers(n):
                 x = result.detach()
                 result = result.view_as(result) if result.requires_grad else x.clone()
-                result.requires_grad_().register_hook(self._quantizer_hook(str(n.target), x))
+                result.requires_grad_().register_hook(self._quantizer_hook(n, x))
         elif n.name in self._layers:
             assert isinstance(result, Tensor)
             result = result if result.requires_grad else result.detach().requires_grad_()
-            result.register_hook(self._layer_hook(n))
+            _on_gradient(result, self._layer_hook(n))
         return result
 
-    def _quantizer_hook(self, name: str, x: Tensor) -> _Hook:
+    def _quantizer_hook(self, node: fx.Node, x: Tensor) -> _Hook:
         """Adds `<gradient, Q_c(x) - x>` for every candidate of the owning group."""
-        group = self._quantizers[name]
-        quantizer = self._graph.get_submodule(name)
+        group = self._quantizers[str(node.target)]
+        quantizer = self._graph.get_submodule(str(node.target))
+        stride = self._strides.stride(node)
         assert isinstance(quantizer, ActivationQuantizer)
 
         def hook(gradient: Tensor) -> None:
             columns = self._rows[:, self._columns[group.name]]
             for number_format in quantizer.formats:
                 error = quantizer.quantize(x, number_format) - x
-                products = self._per_sample(gradient * error)
+                products = self._per_sample(gradient * error, stride)
                 for index, candidate in enumerate(group.candidates):
                     if candidate.activation == number_format:
                         columns[:, index] += products
@@ -181,6 +186,7 @@ class _ProjectionPass(fx.Interpreter):
         # cheaper than a gradient with respect to the input.
         push_input_error = layer.input_quantizer is not None and not x.requires_grad
         x = x.detach()
+        strides = self._strides.stride(source), self._strides.stride(node)
         rest = () if operator.bias is None else node.args[operator.bias + 1 :]
 
         def hook(gradient: Tensor) -> None:
@@ -188,10 +194,10 @@ class _ProjectionPass(fx.Interpreter):
             columns = self._rows[:, self._columns[group.name]]
             for activation in dict.fromkeys(c.activation_bits for c in group.candidates):
                 seen = self._quantized_input(layer, x, activation)
-                found = self._weight_projections(layer, seen, gradient, changes, rest)
+                found = self._weight_projections(layer, seen, gradient, changes, rest, strides)
                 if push_input_error and activation is not None:
                     pushed = self._pushed(node, seen - x) * gradient
-                    found = found + self._per_sample(pushed).unsqueeze(1)
+                    found = found + self._per_sample(pushed, strides[1]).unsqueeze(1)
                 for index, candidate in enumerate(group.candidates):
                     if candidate.activation_bits == activation and candidate.weight_bits:
                         columns[:, index] += found[:, changes.bits.index(candidate.weight_bits)]
@@ -205,15 +211,18 @@ class _ProjectionPass(fx.Interpreter):
         gradient: Tensor,
         changes: _Changes,
         arguments: Sequence[object],
+        strides: tuple[int | None, int | None],
     ) -> Tensor:
-        samples = self._samples if gradient.shape[0] % self._samples == 0 else 1
+        rows = _rows_by_sample(layer.kind, x, gradient, strides, self._samples)
+        x, gradient = rows or (x, gradient)
+        samples = 1 if rows is None else self._samples
         projection = WEIGHT_PROJECTIONS[layer.kind]
         found = projection(x, gradient, changes.weights, arguments, samples)
         if changes.shifts is not None:
             channels = gradient if layer.kind == "linear" else gradient.movedim(1, -1)
             per_channel = channels.reshape(samples, -1, channels.shape[-1]).sum(dim=1)
             found = found + per_channel @ changes.shifts.T
-        return found.cpu() if samples == self._samples else self._shared(found.cpu())
+        return self._shared(found.cpu()) if rows is None else found.cpu()
 
     def _read_by_layers(self, node: fx.Node) -> bool:
         return all(reader.name in self._layers for reader in node.users)
@@ -256,10 +265,10 @@ class _ProjectionPass(fx.Interpreter):
             shifts = torch.stack(kept) if len(kept) == len(found) and kept else None
         return _Changes(tuple(f.bits for f in quantizer.formats), torch.stack(changes), shifts)
 
-    def _per_sample(self, products: Tensor) -> Tensor:
+    def _per_sample(self, products: Tensor, stride: int | None) -> Tensor:
         """Sum products over everything but samples; a tensor shared by the batch is split."""
-        if products.dim() > 0 and products.shape[0] % self._samples == 0:
-            return products.reshape(self._samples, -1).sum(dim=1).cpu()
+        if stride is not None:
+            return sum_per_sample(products, stride, self._samples).cpu()
         return self._shared(products.sum().reshape(1, 1).cpu()).reshape(-1)
 
     def _shared(self, total: Tensor) -> Tensor:
@@ -268,4 +277,26 @@ class _ProjectionPass(fx.Interpreter):
         Probes are independent between samples, so the squared sum is already an unbiased
         estimate of the sum of squares.
         """
-        return total.expand(self._samples, -1) / self._samples**0.5
+        return total.expand(self._samples, -1) * float(self._samples) ** -0.5
+
+
+def _rows_by_sample(
+    kind: str,
+    x: Tensor,
+    gradient: Tensor,
+    strides: tuple[int | None, int | None],
+    samples: int,
+) -> tuple[Tensor, Tensor] | None:
+    """A layer's input and gradient with samples in front; `None` if samples share the rows."""
+    whole_maps = x.dim() - 1
+    rows = {"linear": (1, 1), "embedding": (0, 1)}.get(kind, (whole_maps, whole_maps))
+    if strides[0] is None or strides[1] is None:
+        return None
+    inputs = samples_first(x, strides[0], samples, rows[0])
+    slopes = samples_first(gradient, strides[1], samples, rows[1])
+    return None if inputs is None or slopes is None else (inputs, slopes)
+
+
+def _on_gradient(tensor: Tensor, hook: _Hook) -> None:
+    """Call `hook` with the gradient at a tensor as the backward pass reaches it."""
+    tensor.register_hook(hook)  # type: ignore[no-untyped-call]

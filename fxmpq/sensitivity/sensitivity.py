@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fxmpq.artefact import check_fields, dump_json, load_json
+from fxmpq.artefact import build, check_fields, dump_json, load_json
 from fxmpq.errors import FxmpqError, closest
 from fxmpq.formats import Precision
 
@@ -131,7 +131,4 @@ class Sensitivity:
         """
         found = load_json(SCHEMA, VERSION, source)
         check_fields(SCHEMA, found, {"values"}, {"method", "fingerprint", "projections"})
-        matrix = found.get("projections")
-        if matrix is not None:
-            found["projections"] = np.asarray(matrix, dtype=np.float64)
-        return cls(**found)  # type: ignore[arg-type]
+        return build(SCHEMA, cls, found)

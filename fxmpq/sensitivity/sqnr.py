@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -35,7 +35,7 @@ def sqnr(graph: fx.GraphModule, batches: Iterable[Batch]) -> Sensitivity:
     """
     state = require(graph, stage="calibrated")
     sweep = _Sweep(copy_graph(graph))
-    noise: Counter[tuple[str, str]] = Counter()
+    noise: dict[tuple[str, str], float] = defaultdict(float)
     signal = 0.0
     with torch.inference_mode(False), torch.no_grad():
         for batch in batches:

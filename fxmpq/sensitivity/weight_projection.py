@@ -59,8 +59,8 @@ def project_conv(
     one convolution per candidate, which is done then.
 
     Args:
-        x: Input, `[samples, channels, *space]`.
-        gradient: At the output, `[samples, out, *positions]`.
+        x: Input, `[samples * k, channels, *space]`.
+        gradient: At the output, `[samples * k, out, *positions]`.
         changes: Weight changes, `[candidates, out, channels/groups, *kernel]`.
         arguments: Of the call behind the bias: `(stride, padding, dilation, groups)`.
         samples: Number of samples.
@@ -73,15 +73,15 @@ def project_conv(
         x = functional.pad(x, _string_padding(padding, changes.shape[3:], dilation))
         padding = [0] * (x.dim() - 2)
     geometry = (stride, padding, dilation, False, [0] * (x.dim() - 2), groups)
-    maps = x[0].numel() + gradient[0].numel()
+    maps = (x.numel() + gradient.numel()) // samples
     if changes[0].numel() > _KERNEL_HEAVY * maps:
         outputs = (torch.convolution(x, change, None, *geometry) for change in changes)
-        return torch.stack([(y * gradient).flatten(1).sum(1) for y in outputs], dim=1)
+        return torch.stack([(y * gradient).reshape(samples, -1).sum(1) for y in outputs], dim=1)
     flat = changes.flatten(1).T
     rows = []
-    for n in range(samples):
+    for slopes, inputs in zip(gradient.chunk(samples), x.chunk(samples), strict=True):
         _, slope, _ = torch.ops.aten.convolution_backward.default(
-            gradient[n : n + 1], x[n : n + 1], changes[0], None, *geometry, [False, True, False]
+            slopes, inputs, changes[0], None, *geometry, [False, True, False]
         )
         rows.append(slope.flatten() @ flat)
     return torch.stack(rows)

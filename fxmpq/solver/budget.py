@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fxmpq.costs.table import CostTable
 from fxmpq.errors import BudgetError, InfeasibleBudgetError, closest
+from fxmpq.solver.choices import build_problem
 
 _UNITS: Mapping[str, float] = {
     "": 1,
@@ -107,6 +108,11 @@ class Budget:
         """
         if isinstance(budget, Budget):
             return budget
+        if not isinstance(budget, (str, Mapping)):
+            raise BudgetError(
+                f"cannot read a budget from {budget!r}; write for example 'weights=15%' or "
+                "{'weights': '15%'}"
+            )
         entries = _split(budget) if isinstance(budget, str) else list(budget.items())
         if len({name for name, _ in entries}) != len(entries):
             raise BudgetError(f"the budget {budget!r} names a cost twice")
@@ -154,12 +160,15 @@ class Budget:
             raise InfeasibleBudgetError(infeasible_message(resolved, costs))
 
 
-def infeasible_message(limits: tuple[ResolvedLimit, ...], costs: CostTable) -> str:
+def infeasible_message(
+    limits: tuple[ResolvedLimit, ...], costs: CostTable, ties: Sequence[Sequence[str]] = ()
+) -> str:
     """Say of each limit what was asked and the smallest value reachable."""
     lines = []
     alone = True
     for limit in limits:
-        least = costs.smallest(limit.metric)
+        tied = build_problem(costs.costs[limit.metric], (), ties)
+        least = costs.fixed.get(limit.metric, 0) + tied.offset
         total = costs.float_total.get(limit.metric)
         share = "" if not total else f" ({100 * least / total:.2f} % of float)"
         met = least <= limit.amount
@@ -192,7 +201,9 @@ def _resolve(limit: Limit, costs: CostTable) -> ResolvedLimit:
 def _check_metric(metric: str, costs: CostTable) -> None:
     if metric not in costs.metrics:
         legal = [*costs.metrics, _AVERAGE]
-        raise BudgetError(f"no cost {metric!r} to put a budget on; there are {closest(metric, legal, 8)}")
+        raise BudgetError(
+            f"no cost {metric!r} to put a budget on; there are {closest(metric, legal, 8)}"
+        )
 
 
 def _split(text: str) -> list[tuple[str, object]]:
@@ -218,9 +229,7 @@ def _limit(name: str, value: object) -> Limit:
 def _amount(name: str, value: object, *, units: bool) -> tuple[float, bool]:
     """Read a number with its unit; returns it and whether it is a share."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise BudgetError(f"the limit {name}={value} must be finite")
-        return float(value), False
+        return _finite(name, value, float(value)), False
     match = _AMOUNT.fullmatch(str(value).strip().lower())
     unit = match["unit"] if match else ""
     if match is None or (unit != "%" and unit not in _UNITS) or (unit and not units):
@@ -228,8 +237,14 @@ def _amount(name: str, value: object, *, units: bool) -> tuple[float, bool]:
             f"cannot read the amount {value!r} of {name!r}; write a number, a share such as "
             "'15%', or a size such as '1.5MB', '200KiB' or '35G'"
         )
-    number = float(match["number"])
+    number = _finite(name, value, float(match["number"]))
     return (number / 100, True) if unit == "%" else (number * _UNITS[unit], False)
+
+
+def _finite(name: str, value: object, number: float) -> float:
+    if not math.isfinite(number):
+        raise BudgetError(f"the limit {name}={value} must be finite")
+    return number
 
 
 def _number(value: float) -> str:

@@ -17,6 +17,8 @@ Array = NDArray[np.float64]
 _BISECTIONS = 50
 _PRICE_STEPS = 100
 _PRUNING_SLACK = 1e-9
+_LIMIT_ROUNDING = 2.0**-50
+_BOUND_ROUNDING = 2.0**-48
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,17 @@ class Row:
     Args:
         table: Group to precision to value.
         limit: The greatest sum allowed.
+
+    Raises:
+        FxmpqError: If the limit is not a number.
     """
 
     table: Table
     limit: float
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.limit):
+            raise FxmpqError("a limit is NaN; give a number")
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,9 @@ class Problem:
     Args:
         units: All of them.
         offset: What to add to the sum of values for the objective.
-        rooms: What each limit leaves above the units' least usage, `[limits]`.
+        rooms: What each limit leaves above the units' least usage, `[limits]`. It holds the
+            limit's own rounding, `2^-50` of it, so that a limit that equals a sum of fractions
+            is met by that sum; sums of integers below `2^50` stay exact.
     """
 
     units: tuple[Unit, ...]
@@ -82,11 +93,13 @@ def build_problem(objective: Table, rows: Sequence[Row], ties: Sequence[Sequence
         The problem; a negative room means that a limit cannot be met.
 
     Raises:
-        FxmpqError: If a tie names an unknown group, or tied groups share no precision.
+        FxmpqError: If there are no groups, a row lacks an entry, a tie names an unknown group,
+            or tied groups share no precision.
     """
+    _check_tables(objective, rows)
     units = []
-    offset = 0.0
-    rooms = [row.limit for row in rows]
+    offsets: list[float] = []
+    rooms: list[list[float]] = [[row.limit, abs(row.limit) * _LIMIT_ROUNDING] for row in rows]
     for members in _tied(list(objective), ties):
         names = [
             name
@@ -99,13 +112,15 @@ def build_problem(objective: Table, rows: Sequence[Row], ties: Sequence[Sequence
         usage = np.array([_summed(row.table, members, names) for row in rows]).reshape(
             len(rows), len(names)
         )
-        offset += float(values.min())
+        offsets.append(float(values.min()))
         least = usage.min(axis=1)
-        rooms = [room - float(part) for room, part in zip(rooms, least, strict=True)]
+        for room, part in zip(rooms, least, strict=True):
+            room.append(-float(part))
         units.append(
             Unit(tuple(members), tuple(names), values - values.min(), usage - least[:, None])
         )
-    return Problem(tuple(units), offset, np.array(rooms, dtype=np.float64))
+    left = np.array([math.fsum(room) for room in rooms], dtype=np.float64)
+    return Problem(tuple(units), math.fsum(offsets), left)
 
 
 def drop_hopeless(problem: Problem) -> Problem:
@@ -117,16 +132,14 @@ def drop_hopeless(problem: Problem) -> Problem:
     Returns:
         A problem with the same optimum.
     """
-    slack = 1e-12 * np.abs(problem.rooms)
     units = []
-    for unit in problem.units:
-        fits = (unit.usage <= (problem.rooms + slack)[:, None]).all(axis=0)
-        unit = unit.keep(fits)
+    for whole in problem.units:
+        unit = whole.keep(np.all(whole.usage <= problem.rooms[:, None], axis=0))
         features = np.vstack([unit.values[None], unit.usage])
-        no_worse = (features[:, :, None] <= features[:, None, :]).all(axis=0)
+        no_worse = np.all(features[:, :, None] <= features[:, None, :], axis=0)
         better = no_worse & ~no_worse.T
         earlier_twin = np.triu(no_worse & no_worse.T, 1)
-        units.append(unit.keep(~(better | earlier_twin).any(axis=0)))
+        units.append(unit.keep(~np.any(better | earlier_twin, axis=0)))
     return replace(problem, units=tuple(units))
 
 
@@ -175,7 +188,10 @@ def relax(problem: Problem) -> Relaxed:
             unit.values + price * demand
             for unit, demand in zip(problem.units, demands, strict=True)
         ]
-        lower = math.fsum(float(row.min()) for row in priced) - price * int(usable.sum())
+        least = math.fsum(float(row.min()) for row in priced)
+        paid = price * int(usable.sum())
+        # a high price drowns the values: the bound gives way by what rounding may have added
+        lower = least - paid - _BOUND_ROUNDING * (least + paid)
         if lower > bound:
             bound, reduced = lower, [row - row.min() for row in priced]
         found = [int(row.argmin()) for row in priced]
@@ -217,7 +233,20 @@ def _first_price(problem: Problem) -> float:
 
 def _fits(problem: Problem, picks: Sequence[int]) -> bool:
     used = sum(unit.usage[:, pick] for unit, pick in zip(problem.units, picks, strict=True))
-    return bool((used <= problem.rooms).all())
+    return bool(np.all(used <= problem.rooms))
+
+
+def _check_tables(objective: Table, rows: Sequence[Row]) -> None:
+    if not objective or not all(objective.values()):
+        raise FxmpqError("the program needs at least one group, each with a precision")
+    for row in rows:
+        for group, entries in objective.items():
+            missing = set(entries) - set(row.table.get(group, {}))
+            if missing:
+                raise FxmpqError(
+                    f"a limit lacks group {group!r} at {', '.join(sorted(missing))}; it needs "
+                    "every group and precision of the objective"
+                )
 
 
 def _summed(table: Table, members: Sequence[str], names: Sequence[str]) -> Array:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from fxmpq.artefact import check_fields, dump_json, load_json
+from fxmpq.artefact import build, check_fields, dump_json, load_json
 from fxmpq.errors import PlanError
 from fxmpq.formats import Precision
 
@@ -33,11 +33,11 @@ class Plan:
         relative: Share of the float model's total per metric.
         gap: Proven relative gap of the objective, `(objective - bound) / |objective|`.
         bound: Proven lower bound of the objective.
-        status: `optimal`, or `feasible` when the time limit came first.
+        status: `optimal`, or `feasible` when the optimum was not proven in the time given.
         seconds: Wall time of the solver.
 
     Raises:
-        PlanError: If there are no choices.
+        PlanError: If there are no choices, or a number is none or not finite.
         PrecisionError: If a precision cannot be read.
 
     Example:
@@ -64,7 +64,24 @@ class Plan:
             raise PlanError("a plan needs a precision for at least one group")
         chosen = {str(group): str(Precision.parse(name)) for group, name in self.choices.items()}
         object.__setattr__(self, "choices", chosen)
-        object.__setattr__(self, "layers", dict(self.layers))
+        for name in ("layers", "costs", "relative"):
+            object.__setattr__(self, name, dict(getattr(self, name)))
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        named: dict[str, object] = {
+            "loss": self.loss,
+            "gap": self.gap,
+            "bound": self.bound,
+            "seconds": self.seconds,
+            **{f"costs[{metric!r}]": value for metric, value in self.costs.items()},
+            **{f"relative[{metric!r}]": value for metric, value in self.relative.items()},
+        }
+        for name, value in named.items():
+            if value is None:
+                continue
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise PlanError(f"{name} of a plan is {value!r}; give a finite number")
 
     @property
     def sqnr_db(self) -> float | None:
@@ -101,4 +118,4 @@ class Plan:
         found = load_json(SCHEMA, VERSION, source)
         names = {entry.name for entry in fields(cls)}
         check_fields(SCHEMA, found, {"choices"}, names - {"choices"})
-        return cls(**found)  # type: ignore[arg-type]
+        return build(SCHEMA, cls, found)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from fxmpq.costs.table import CostTable
 from fxmpq.errors import FxmpqError, InfeasibleBudgetError
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.solver.budget import Budget, infeasible_message
-from fxmpq.solver.choices import Row
+from fxmpq.solver.choices import Row, build_problem
 from fxmpq.solver.plan import Plan
 from fxmpq.solver.program import solve_program
 
@@ -69,14 +70,14 @@ def solve(
             objective, rows, ties=ties, solver=solver, time_limit=time_limit, max_gap=max_gap
         )
     except InfeasibleBudgetError as error:
-        raise InfeasibleBudgetError(_explain(wanted, sensitivity, costs)) from error
+        raise InfeasibleBudgetError(_explain(wanted, sensitivity, costs, ties)) from error
     totals = {metric: costs.total(metric, found.choices) for metric in costs.metrics}
     return Plan(
         choices=found.choices,
         budget=str(wanted),
         method=sensitivity.method,
         fingerprint=sensitivity.fingerprint or costs.fingerprint,
-        loss=sum(sensitivity.values[group][name] for group, name in found.choices.items()),
+        loss=math.fsum(sensitivity.values[group][name] for group, name in found.choices.items()),
         costs=totals,
         relative={
             metric: total / costs.float_total[metric]
@@ -90,14 +91,19 @@ def solve(
     )
 
 
-def _explain(budget: Budget, sensitivity: Sensitivity, costs: CostTable) -> str:
+def _explain(
+    budget: Budget, sensitivity: Sensitivity, costs: CostTable, ties: Sequence[Sequence[str]]
+) -> str:
     if budget.loss is None:
-        return infeasible_message(budget.resolve(costs), costs)
-    least = sum(min(row.values()) for row in sensitivity.values.values())
+        return infeasible_message(budget.resolve(costs), costs, ties)
+    least = build_problem(sensitivity.values, (), ties).offset
     limit = f"  loss at most {budget.loss:.4g}; the smallest loss reachable is {least:.4g}"
-    if not budget.limits:
-        return f"no choice of precisions meets the loss limit\n{limit}\nRaise the limit."
-    return f"{infeasible_message(budget.resolve(costs), costs)}\n{limit}"
+    if not budget.limits or least > budget.loss:
+        return (
+            f"no choice of precisions meets the loss limit\n{limit}\n"
+            "Raise the limit, or allow candidates with more bits."
+        )
+    return f"{infeasible_message(budget.resolve(costs), costs, ties)}\n{limit}"
 
 
 def _check_tables(sensitivity: Sensitivity, costs: CostTable) -> None:

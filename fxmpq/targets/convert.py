@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fxmpq.errors import PlanError, TargetError
-from fxmpq.graph.batches import Batch
+from fxmpq.graph.batches import Batch, materialize
 from fxmpq.graph.run import run_batch
 from fxmpq.graph.state import require
 from fxmpq.targets.registry import get_target
@@ -58,7 +58,7 @@ def convert(
     converted = found.convert(graph, None if output is None else Path(output))
     if verify is False:
         return converted
-    batches = [_example_batch(graph)] if verify is True else list(verify)
+    batches = [_example_batch(graph)] if verify is True else materialize(verify, "verification")
     agreement = min(_agreement(graph, converted, batch) for batch in batches)
     if not agreement >= REQUIRED_AGREEMENT_DB:
         raise TargetError(
@@ -75,5 +75,7 @@ def _agreement(graph: fx.GraphModule, converted: Converted, batch: Batch) -> flo
 
 def _example_batch(graph: fx.GraphModule) -> Batch:
     state = require(graph, stage="traced")
-    args, kwargs = torch.utils._pytree.tree_unflatten(list(state.example), state.call_spec)
-    return kwargs if kwargs else args
+    call: tuple[tuple[object, ...], dict[str, object]]
+    call = pytree.tree_unflatten(list(state.example), state.call_spec)
+    args, kwargs = call
+    return kwargs or args

@@ -47,9 +47,7 @@ def quantizer_of(graph: fx.GraphModule, node: object) -> object:
     return graph.get_submodule(str(node.target))
 
 
-def store_tensor(
-    graph: fx.GraphModule, name: str, tensor: Tensor, before: fx.Node
-) -> fx.Node:
+def store_tensor(graph: fx.GraphModule, name: str, tensor: Tensor, before: fx.Node) -> fx.Node:
     """Register a buffer (dots become underscores) and read it in front of a node.
 
     Args:

@@ -93,8 +93,9 @@ def agreement_db(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
     signal = noise = 0.0
     for one, other in zip(expected, actual, strict=True):
         if one.is_floating_point():
-            signal += float(one.double().square().sum())
-            noise += float((one.double() - other.double().to(one.device)).square().sum())
+            signal += float(one.detach().double().square().sum())
+            difference = one.detach().double() - other.detach().double().to(one.device)
+            noise += float(difference.square().sum())
     if noise == 0.0:
         return float("inf")
     return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))

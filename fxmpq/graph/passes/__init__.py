@@ -13,6 +13,7 @@ from fxmpq.graph.passes.drop_identities import drop_identities
 from fxmpq.graph.passes.fold_batch_norm import fold_batch_norm
 from fxmpq.graph.passes.make_functional import make_functional
 from fxmpq.graph.passes.merge_weights import merge_weights
+from fxmpq.graph.passes.restore_batch_norm import restore_batch_norm
 
 Pass = Callable[[fx.GraphModule], int]
 
@@ -20,5 +21,6 @@ CANONICAL_PASSES: tuple[Pass, ...] = (
     make_functional,
     drop_identities,
     merge_weights,
+    restore_batch_norm,
     fold_batch_norm,
 )

@@ -37,46 +37,49 @@ def fold_batch_norm(graph: fx.GraphModule) -> int:
 
 
 def _fold(graph: fx.GraphModule, norm: fx.Node) -> bool:
-    layer = norm.args[0]
+    layer, statistics = norm.args[0], norm.args[1:5]
+    is_training, epsilon = norm.args[5], norm.args[7]
     operator = operator_of(layer) if isinstance(layer, fx.Node) else None
-    if operator is None or not operator.quantizes_input or len(layer.users) != 1 or norm.args[5]:
+    if operator is None or not operator.quantizes_input or is_training:
         return False
+    assert isinstance(layer, fx.Node) and isinstance(epsilon, (int, float))
     # A linear layer's channels come last, a norm's second: they are the same only for [N, C].
     if operator.kind == "linear" and len(layer.meta["val"].shape) != 2:
         return False
-    weight_node, bias_node = layer.args[operator.weight], argument(layer, operator.bias)
-    if not all(arg is None or _is_stored(arg) for arg in norm.args[1:5]):
+    if len(layer.users) != 1 or not all(arg is None or _is_stored(arg) for arg in statistics):
         return False
-    gamma, beta, mean, variance = (_value(graph, norm.args[index]) for index in range(1, 5))
+    weight_node, bias_node = argument(layer, operator.weight), argument(layer, operator.bias)
+    gamma, beta, mean, variance = (_value(graph, arg) for arg in statistics)
     if not _is_own_tensor(weight_node) or mean is None or variance is None:
         return False
     if bias_node is not None and not _is_own_tensor(bias_node):
         return False
-    weight = get_tensor(graph, weight_node.target)
-    factor = (variance.double() + norm.args[7]).rsqrt()
+    weight = get_tensor(graph, str(weight_node.target))
+    factor = (variance.double() + epsilon).rsqrt()
     factor = factor if gamma is None else factor * gamma.double()
     bias = _value(graph, bias_node)
     shifted = (-mean.double() if bias is None else bias.double() - mean.double()) * factor
     shifted = shifted if beta is None else shifted + beta.double()
     scaled = weight.double() * factor.reshape(-1, *[1] * (weight.dim() - 1))
-    _rewrite(graph, layer, operator.bias or 2, scaled.to(weight.dtype), shifted.to(weight.dtype))
+    bias_name = _bias_name(graph, str(weight_node.target), bias_node)
+    _store(graph, str(weight_node.target), scaled.to(weight.dtype), weight.requires_grad)
+    _store(graph, bias_name, shifted.to(weight.dtype), weight.requires_grad)
+    _set_bias(graph, layer, operator.bias or 2, bias_name)
     norm.replace_all_uses_with(layer)
     graph.graph.erase_node(norm)
     return True
 
 
-def _rewrite(
-    graph: fx.GraphModule, layer: fx.Node, bias_position: int, weight: Tensor, bias: Tensor
-) -> None:
-    """Give the layer its folded tensors, under the names of its own module."""
-    weight_node = next(arg for arg in layer.args[:2] if getattr(arg, "op", "") == "get_attr")
-    bias_name = _bias_name(graph, weight_node.target, argument(layer, bias_position))
-    set_tensor(graph, weight_node.target, nn.Parameter(weight, requires_grad=weight.requires_grad))
-    set_tensor(graph, bias_name, nn.Parameter(bias, requires_grad=weight.requires_grad))
+def _store(graph: fx.GraphModule, name: str, tensor: Tensor, requires_grad: bool) -> None:
+    set_tensor(graph, name, nn.Parameter(tensor, requires_grad=requires_grad))
+
+
+def _set_bias(graph: fx.GraphModule, layer: fx.Node, position: int, name: str) -> None:
+    """Let a layer read its bias from a stored tensor."""
     with graph.graph.inserting_before(layer):
-        bias_node = graph.graph.get_attr(bias_name)
-    args = list(layer.args) + [None] * (bias_position + 1 - len(layer.args))
-    args[bias_position] = bias_node
+        bias_node = graph.graph.get_attr(name)
+    args = [*layer.args, *[None] * (position + 1 - len(layer.args))]
+    args[position] = bias_node
     layer.args = tuple(args)
 
 
@@ -90,7 +93,7 @@ def _bias_name(graph: fx.GraphModule, weight: str, bias_node: object) -> str:
     return f"{weight}_bias" if is_taken else usual
 
 
-def _is_own_tensor(node: object) -> bool:
+def _is_own_tensor(node: object) -> TypeGuard[fx.Node]:
     """Whether a node reads a parameter that no other node reads."""
     return _is_stored(node) and len(node.users) == 1
 

@@ -10,7 +10,8 @@ def make_functional(graph: fx.GraphModule) -> int:
     """Replace every in-place ATen operator whose pure form exists, in place on the graph.
 
     `add_(x, y)` becomes `add(x, y)`; every later reader of `x` then reads the new value,
-    as it did before.
+    as it did before. Other views of `x` must not be read later: `trace` has such programs
+    made functional by `torch.export` first.
 
     Args:
         graph: A graph of ATen operators; changed in place.

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from fxmpq.graph.batches import Batch, flat_inputs
+from fxmpq.graph.batches import Batch, fixed_size, flat_inputs
 from fxmpq.graph.export import quiet_torch
 from fxmpq.graph.rules import TargetRules
 from fxmpq.graph.state import state_of
@@ -79,6 +79,7 @@ def convert_onnxruntime(
     """
     rewritten = to_integer_operators(graph, rules)
     model = _export(rewritten)
+    _drop_notes(model)
     narrow_codes(model)
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto)
@@ -113,11 +114,17 @@ def _export(graph: fx.GraphModule) -> ir.Model:
     return exported.model
 
 
+def _drop_notes(model: ir.Model) -> None:
+    """Drop the exporter's notes on every node: a third of the file, with paths of the machine."""
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        node.metadata_props.clear()
+
+
 def _free_dimensions(placeholder: fx.Node) -> Mapping[int, object] | None:
     value = placeholder.meta.get("val")
     if not isinstance(value, Tensor):
         return None
-    return {axis: Dim.AUTO for axis, size in enumerate(value.shape) if not isinstance(size, int)}
+    return {axis: Dim.AUTO for axis, size in enumerate(value.shape) if fixed_size(size) is None}
 
 
 def _write(serialized: bytes, output: Path) -> Path:

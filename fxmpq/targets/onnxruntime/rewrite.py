@@ -55,7 +55,7 @@ def to_integer_operators(graph: fx.GraphModule, rules: TargetRules) -> fx.GraphM
 def _insert_round_trip(
     graph: fx.GraphModule,
     node: fx.Node,
-    source: object,
+    source: fx.node.Argument,
     found: ActivationRange,
     codes_of: dict[fx.Node, tuple[fx.Node, ActivationRange]],
 ) -> None:
@@ -87,8 +87,11 @@ def _stored_weight(
 
 
 def _bias_of(graph: fx.GraphModule, node: fx.Node) -> Tensor | None:
+    """A call's stored bias; `None` if it has none or computes it."""
     source = argument(node, OPERATORS[node.target].bias)
-    return get_tensor(graph, str(source.target)) if isinstance(source, fx.Node) else None
+    if not isinstance(source, fx.Node) or source.op != "get_attr":
+        return None
+    return get_tensor(graph, str(source.target))
 
 
 def _rewrite_conv(
@@ -103,6 +106,7 @@ def _rewrite_conv(
         weight = graph.graph.call_function(dequantize, (codes, scale))
     node.update_arg(1, weight)
     bias, source = _bias_of(graph, node), node.args[0]
+    assert isinstance(source, fx.Node)
     if bias is None or source not in codes_of or quantizer.active is None:
         return
     # The integer kernel adds the bias to its accumulator, so it is stored in its units.
@@ -123,15 +127,20 @@ def _rewrite_linear(
     quantizer: WeightQuantizer,
     codes_of: dict[fx.Node, tuple[fx.Node, ActivationRange]],
 ) -> None:
-    input_codes, found = codes_of[node.args[0]]
-    bias = _bias_of(graph, node)
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    input_codes, found = codes_of[source]
     codes, scale = _stored_weight(graph, node, quantizer, transposed=True)
-    bias = torch.zeros(len(get_tensor(graph, quantizer.name))) if bias is None else bias
-    stored_bias = store_tensor(graph, f"bias_{quantizer.name}.{node.name}", bias, node)
+    bias = argument(node, OPERATORS[node.target].bias)
+    if not isinstance(bias, fx.Node) or bias.op == "get_attr":
+        found_bias = _bias_of(graph, node)
+        zeros = torch.zeros(len(get_tensor(graph, quantizer.name)))
+        values = zeros if found_bias is None else found_bias
+        bias = store_tensor(graph, f"bias_{quantizer.name}.{node.name}", values, node)
     with graph.graph.inserting_before(node):
         linear = graph.graph.call_function(
             torch.ops.fxmpq.integer_linear.default,
-            (input_codes, found.scale, found.zero_point, codes, scale, stored_bias),
+            (input_codes, found.scale, found.zero_point, codes, scale, bias),
         )
     node.replace_all_uses_with(linear)
     graph.graph.erase_node(node)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import onnx.defs
 import onnxscript
+import torch
 from onnx.defs import OpSchema
-from onnxscript import opset21 as op
+from onnxscript import opset21
 from onnxscript.onnx_types import FLOAT, INT8, INT64, UINT8
 
-from fxmpq.targets.onnxruntime import operators
+from fxmpq.targets.onnxruntime import operators  # noqa: F401  (registers torch.ops.fxmpq)
 
 
 def _contrib_matmul() -> onnxscript.values.Op:
@@ -35,19 +37,24 @@ def _contrib_matmul() -> onnxscript.values.Op:
     return onnxscript.values.Op(opset, "MatMulIntegerToFloat", schema)
 
 
-_MATMUL = _contrib_matmul()
+# The exporter calls these with values of its own; opset21's annotations describe eager tensors.
+op: Any = opset21
+_MATMUL: Any = _contrib_matmul()
 
 
 def _quantize(x: FLOAT, scale: float, zero_point: int) -> UINT8:
-    return op.QuantizeLinear(x, _float(scale), _uint8(zero_point))
+    result: UINT8 = op.QuantizeLinear(x, _float(scale), _uint8(zero_point))
+    return result
 
 
 def _dequantize(codes: UINT8, scale: float, zero_point: int) -> FLOAT:
-    return op.DequantizeLinear(codes, _float(scale), _uint8(zero_point))
+    result: FLOAT = op.DequantizeLinear(codes, _float(scale), _uint8(zero_point))
+    return result
 
 
 def _dequantize_channels(codes: INT8, scale: FLOAT) -> FLOAT:
-    return op.DequantizeLinear(codes, scale, axis=0)
+    result: FLOAT = op.DequantizeLinear(codes, scale, axis=0)
+    return result
 
 
 def _integer_linear(
@@ -55,33 +62,33 @@ def _integer_linear(
 ) -> FLOAT:
     # Weights are symmetric; the operator still wants their zero point to reach the bias.
     zero = op.Constant(value=onnx.helper.make_tensor("zero", onnx.TensorProto.INT8, [], [0]))
-    return _MATMUL(x, codes, _float(scale), weight_scale, _uint8(zero_point), zero, bias)
+    result: FLOAT = _MATMUL(x, codes, _float(scale), weight_scale, _uint8(zero_point), zero, bias)
+    return result
 
 
 def _integer_embedding(indices: INT64, codes: INT8, scale: FLOAT) -> FLOAT:
     rows = op.Cast(op.Gather(codes, indices, axis=0), to=onnx.TensorProto.FLOAT)
     last = op.Constant(value_ints=[-1])
-    return op.Mul(rows, op.Unsqueeze(op.Gather(scale, indices, axis=0), last))
+    result: FLOAT = op.Mul(rows, op.Unsqueeze(op.Gather(scale, indices, axis=0), last))
+    return result
 
 
 def _float(value: float) -> FLOAT:
-    return op.Constant(value_float=value)
+    result: FLOAT = op.Constant(value_float=value)
+    return result
 
 
 def _uint8(value: int) -> UINT8:
-    return op.Constant(value=onnx.helper.make_tensor("zero", onnx.TensorProto.UINT8, [], [value]))
-
-
-def _overload(operator: object) -> Callable[..., object]:
-    overload = operator._opoverload  # type: ignore[attr-defined]
-    assert callable(overload)
-    return overload
+    result: UINT8 = op.Constant(
+        value=onnx.helper.make_tensor("zero", onnx.TensorProto.UINT8, [], [value])
+    )
+    return result
 
 
 TRANSLATIONS: Mapping[Callable[..., object], Callable[..., object]] = {
-    _overload(operators.quantize): _quantize,
-    _overload(operators.dequantize): _dequantize,
-    _overload(operators.dequantize_channels): _dequantize_channels,
-    _overload(operators.integer_linear): _integer_linear,
-    _overload(operators.integer_embedding): _integer_embedding,
+    torch.ops.fxmpq.quantize.default: _quantize,
+    torch.ops.fxmpq.dequantize.default: _dequantize,
+    torch.ops.fxmpq.dequantize_channels.default: _dequantize_channels,
+    torch.ops.fxmpq.integer_linear.default: _integer_linear,
+    torch.ops.fxmpq.integer_embedding.default: _integer_embedding,
 }

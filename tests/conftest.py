@@ -1,0 +1,184 @@
+"""Small models, batches and graphs that many test modules share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor, fx, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+
+from fxmpq.calibration.calibrate import calibrate
+from fxmpq.graph.prepare import insert_quantizers
+from fxmpq.graph.state import require
+from fxmpq.graph.switch import with_choices
+from fxmpq.graph.trace import trace
+from fxmpq.targets.registry import get_target
+
+torch.set_num_threads(1)
+settings.register_profile("fxmpq", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("fxmpq")
+
+
+class ConvNet(nn.Module):
+    """A stem with max pooling, one residual block with a downsample, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+        )
+        self.pool = nn.MaxPool2d(2)
+        self.conv1 = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 16, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.downsample = nn.Sequential(
+            nn.Conv2d(8, 16, 1, stride=2, bias=False), nn.BatchNorm2d(16)
+        )
+        self.dropout = nn.Dropout(0.5)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.stem(x))
+        hidden = torch.relu(self.bn1(self.conv1(x)))
+        hidden = self.bn2(self.conv2(hidden))
+        hidden += self.downsample(x)
+        hidden = torch.relu_(hidden)
+        return self.fc(self.dropout(hidden.mean((2, 3))))
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give norms weights and statistics that are not trivial; returns the model in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(tensor: Tensor, low: float, high: float) -> None:
+        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+
+    with torch.no_grad():
+        for module in model.modules():
+            if not isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)):
+                continue
+            if module.weight is not None:
+                draw(module.weight, 0.5, 1.5)
+                draw(module.bias, -0.5, 0.5)
+            if getattr(module, "running_mean", None) is not None:
+                draw(module.running_mean, -0.5, 0.5)
+                draw(module.running_var, 0.5, 2.0)
+    return model.eval()
+
+
+@pytest.fixture(scope="session", name="randomize")
+def randomize_fixture() -> Callable[..., nn.Module]:
+    return randomize
+
+
+@pytest.fixture(scope="session")
+def conv_net() -> nn.Module:
+    torch.manual_seed(1)
+    return randomize(ConvNet())
+
+
+@pytest.fixture(scope="session")
+def images() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(6, 3, 16, 16, generator=generator) for _ in range(2)]
+
+
+@pytest.fixture(scope="session")
+def resnet() -> nn.Module:
+    """Transformers' ResNet, with one block a stage."""
+    torch.manual_seed(3)
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="basic", num_labels=5
+    )
+    return randomize(ResNetForImageClassification(config))
+
+
+@pytest.fixture(scope="session")
+def resnet_batches(images: list[Tensor]) -> list[dict[str, Tensor]]:
+    larger = [nn.functional.interpolate(batch, scale_factor=2) for batch in images]
+    return [{"pixel_values": batch} for batch in larger]
+
+
+@pytest.fixture(scope="session")
+def bert() -> nn.Module:
+    """Transformers' BERT with two layers, weights larger than at initialisation."""
+    torch.manual_seed(4)
+    config = BertConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=12,
+        num_labels=3,
+        initializer_range=0.3,
+    )
+    return randomize(BertForSequenceClassification(config))
+
+
+@pytest.fixture(scope="session")
+def token_batches() -> list[dict[str, Tensor]]:
+    """Two batches of different lengths; the last samples are padded."""
+    generator = torch.Generator().manual_seed(5)
+    batches = []
+    for length in (8, 6):
+        ids = torch.randint(1, 40, (4, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[-1, length // 2 :] = 0
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+@pytest.fixture(scope="session")
+def conv_graph(conv_net: nn.Module, images: list[Tensor]) -> fx.GraphModule:
+    return trace(conv_net, images[0])
+
+
+@pytest.fixture(scope="session")
+def resnet_graph(resnet: nn.Module, resnet_batches: list[dict[str, Tensor]]) -> fx.GraphModule:
+    return trace(resnet, resnet_batches[0])
+
+
+@pytest.fixture(scope="session")
+def bert_graph(bert: nn.Module, token_batches: list[dict[str, Tensor]]) -> fx.GraphModule:
+    return trace(bert, token_batches[0])
+
+
+Planned = Callable[..., fx.GraphModule]
+
+
+@pytest.fixture(scope="session")
+def calibrated() -> Planned:
+    """Prepares and calibrates a traced graph: `calibrated(graph, batches, target, **options)`."""
+
+    def make(
+        graph: fx.GraphModule, batches: list, target: str = "reference", **options: object
+    ) -> fx.GraphModule:
+        prepared = insert_quantizers(graph, get_target(target).rules, **options)
+        return calibrate(prepared, batches, progress=False)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def uniform() -> Planned:
+    """Sets every group of a calibrated graph to a candidate, the first by default."""
+
+    def make(graph: fx.GraphModule, index: int = 0) -> fx.GraphModule:
+        groups = require(graph, stage="calibrated").groups
+        choices = {
+            group.name: str(group.candidates[min(index, len(group.candidates) - 1)])
+            for group in groups
+        }
+        return with_choices(graph, choices)
+
+    return make

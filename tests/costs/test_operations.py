@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+
+from fxmpq.costs.operations import bops, float_bops, macs
+from fxmpq.formats import Precision
+from fxmpq.graph.state import Group, Layer
+
+
+@pytest.fixture
+def group() -> Group:
+    layers = tuple(
+        Layer(f"fc#{index}", "linear", f"n{index}", "fc.weight", count, (2, 3), 0)
+        for index, count in enumerate((600, 7))
+    )
+    return Group("fc", layers, (Precision(4, 8),))
+
+
+@pytest.mark.parametrize("precision", ["w2a8", "w8a8", "w4", "fp32"])
+def test_multiply_accumulates_count_every_call(group: Group, precision: str) -> None:
+    assert macs(group, Precision.parse(precision)) == 607
+
+
+@pytest.mark.parametrize(
+    ("precision", "per_mac"),
+    [("w4a8", 32), ("w8a8", 64), ("w2a4", 8), ("w4", 128), ("fp32", 1024)],
+)
+def test_bit_operations_multiply_the_widths(group: Group, precision: str, per_mac: int) -> None:
+    assert bops(group, Precision.parse(precision)) == 607 * per_mac
+
+
+def test_float_operations_count_thirty_two_bits_twice(group: Group) -> None:
+    assert float_bops(607) == bops(group, Precision())

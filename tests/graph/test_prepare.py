@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from fxmpq.errors import FxmpqError, PatternError, PrecisionError
+from fxmpq.formats import NumberFormat, Precision
+from fxmpq.graph.prepare import insert_quantizers
+from fxmpq.graph.rules import OperatorRule, TargetRules
+from fxmpq.graph.run import run_batch
+from fxmpq.graph.state import require, state_of
+from fxmpq.graph.trace import trace
+from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
+from fxmpq.targets.onnxruntime import ONNXRUNTIME
+from fxmpq.targets.reference import REFERENCE
+from fxmpq.targets.target import Target
+
+TARGETS = pytest.mark.parametrize("target", [REFERENCE, ONNXRUNTIME], ids=lambda t: t.name)
+
+
+@TARGETS
+def test_with_every_quantizer_off_the_graph_computes_the_same_bits(
+    target: Target,
+    conv_graph: fx.GraphModule,
+    images: list[Tensor],
+    resnet_graph: fx.GraphModule,
+    resnet_batches: list[dict[str, Tensor]],
+    bert_graph: fx.GraphModule,
+    token_batches: list[dict[str, Tensor]],
+) -> None:
+    cases = [
+        (conv_graph, images[0]),
+        (resnet_graph, resnet_batches[0]),
+        (bert_graph, token_batches[1]),
+    ]
+    for graph, batch in cases:
+        prepared = insert_quantizers(graph, target.rules)
+        for one, other in zip(run_batch(graph, batch), run_batch(prepared, batch), strict=True):
+            assert torch.equal(one, other)
+
+
+@TARGETS
+def test_every_group_knows_its_quantizers(target: Target, conv_graph: fx.GraphModule) -> None:
+    prepared = insert_quantizers(conv_graph, target.rules)
+    owned: list[str] = []
+    for group in require(prepared, stage="prepared").groups:
+        owned += group.activation_quantizers
+        for layer in group.layers:
+            assert isinstance(prepared.get_submodule(layer.weight_quantizer), WeightQuantizer)
+            assert isinstance(prepared.get_submodule(layer.bias_correction), BiasCorrection)
+            # A quantizer that moved up past the max pooling is not read directly.
+            is_behind_pool = target is ONNXRUNTIME and group.name == "conv1"
+            assert (layer.input_quantizer is None) == is_behind_pool
+    found = [
+        name for name, module in prepared.named_modules() if isinstance(module, ActivationQuantizer)
+    ]
+    assert sorted(owned) == sorted(found)
+
+
+def test_formats_are_those_of_the_candidates(conv_graph: fx.GraphModule) -> None:
+    candidates = [Precision(4, 8), Precision(4, 4), Precision(8, 8)]
+    prepared = insert_quantizers(conv_graph, REFERENCE.rules, candidates=candidates)
+    group = require(prepared, stage="prepared").group("fc")
+    weight = prepared.get_submodule(str(group.layers[0].weight_quantizer))
+    activation = prepared.get_submodule(group.activation_quantizers[0])
+    assert isinstance(weight, WeightQuantizer)
+    assert isinstance(activation, ActivationQuantizer)
+    assert weight.formats == (NumberFormat(4), NumberFormat(8))
+    assert {entry.name for entry in activation.formats} == {"uint4", "uint8"}
+
+
+def test_the_targets_own_candidates_are_the_default(conv_graph: fx.GraphModule) -> None:
+    prepared = insert_quantizers(conv_graph, ONNXRUNTIME.rules)
+    group = require(prepared, stage="prepared").group("fc")
+    assert group.candidates == ONNXRUNTIME.rules.default_candidates
+
+
+def test_the_traced_graph_is_left_alone(conv_graph: fx.GraphModule) -> None:
+    before = [str(node) for node in conv_graph.graph.nodes]
+    insert_quantizers(conv_graph, ONNXRUNTIME.rules)
+    assert [str(node) for node in conv_graph.graph.nodes] == before
+    assert state_of(conv_graph).target is None
+
+
+def test_what_stays_float_has_a_reason(bert_graph: fx.GraphModule) -> None:
+    prepared = insert_quantizers(bert_graph, ONNXRUNTIME.rules, exclude=["classifier"])
+    reasons = {entry.name: entry.reason for entry in state_of(prepared).left_float}
+    assert reasons["classifier"] == "kept in float by the user"
+    assert sum("fused attention" in reason for reason in reasons.values()) == 2
+    rules = TargetRules(
+        "chip", {"linear": OperatorRule(frozenset({8}), frozenset({8}))}, (Precision(8, 8),)
+    )
+    reasons = {e.name: e.reason for e in state_of(insert_quantizers(bert_graph, rules)).left_float}
+    assert reasons["bert.embeddings.word_embeddings"] == "target 'chip' has no quantized embedding"
+
+
+def test_unusable_requests_are_errors(conv_graph: fx.GraphModule) -> None:
+    with pytest.raises(PrecisionError, match="'onnxruntime' cannot run w4a4"):
+        insert_quantizers(conv_graph, ONNXRUNTIME.rules, candidates=[Precision(4, 4)])
+    with pytest.raises(PrecisionError, match="'onnxruntime' cannot run w5a8"):
+        insert_quantizers(conv_graph, ONNXRUNTIME.rules, keep={"fc": Precision(5, 8)})
+    with pytest.raises(PatternError, match="no layer matches 'fcc'; .*'fc'"):
+        insert_quantizers(conv_graph, REFERENCE.rules, exclude=["fcc"])
+    with pytest.raises(FxmpqError, match="call fxmpq.trace"):
+        insert_quantizers(fx.symbolic_trace(nn.ReLU()), REFERENCE.rules)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 4)
+        self.head = nn.Linear(4, 9)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.table(ids).relu())
+
+
+def test_tied_weights_have_one_quantizer() -> None:
+    prepared = insert_quantizers(
+        trace(Tied(), torch.ones(2, 3, dtype=torch.long)), REFERENCE.rules
+    )
+    (group,) = require(prepared, stage="prepared").groups
+    table, head = group.layers
+    assert table.weight_quantizer == head.weight_quantizer
+    assert table.bias_correction is None
+    assert head.bias_correction is not None
+
+
+class ComputedBias(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
+        self.bias = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias * 2)
+
+
+def test_a_computed_bias_is_not_corrected() -> None:
+    prepared = insert_quantizers(trace(ComputedBias(), torch.ones(2, 4)), REFERENCE.rules)
+    (group,) = require(prepared, stage="prepared").groups
+    assert group.layers[0].bias_correction is None
+    assert group.layers[0].weight_quantizer is not None
+
+
+def test_a_prepared_graph_goes_into_training_mode_and_back(
+    conv_graph: fx.GraphModule, images: list[Tensor]
+) -> None:
+    prepared = insert_quantizers(conv_graph, REFERENCE.rules)
+    expected = prepared(images[0])
+    assert prepared.train()(images[0]).equal(expected)
+    assert prepared.eval()(images[0]).equal(expected)

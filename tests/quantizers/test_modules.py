@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fxmpq.formats import NumberFormat, Scheme
+from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
+from fxmpq.quantizers.ranges import ActivationRange
+
+UINT8, UINT4 = NumberFormat(8, Scheme.AFFINE), NumberFormat(4, Scheme.AFFINE)
+INT8, INT4 = NumberFormat(8), NumberFormat(4)
+
+
+@pytest.fixture
+def activation() -> ActivationQuantizer:
+    quantizer = ActivationQuantizer("relu", [UINT4, UINT8])
+    quantizer.ranges = {"uint4": ActivationRange(0.5, 2), "uint8": ActivationRange(0.01, 0)}
+    return quantizer
+
+
+def test_an_activation_passes_untouched_while_off(activation: ActivationQuantizer) -> None:
+    x = torch.randn(5)
+    assert activation(x) is x
+
+
+def test_an_activation_takes_the_grid_of_the_active_format(
+    activation: ActivationQuantizer,
+) -> None:
+    x = torch.tensor([-3.0, 0.26, 1.234])
+    activation.activate(UINT4)
+    assert torch.allclose(activation(x), torch.tensor([-1.0, 0.5, 1.0]))
+    activation.activate(UINT8)
+    assert torch.allclose(activation(x), torch.tensor([0.0, 0.26, 1.23]))
+    activation.activate(None)
+    assert activation(x) is x
+
+
+def test_an_uncalibrated_format_is_an_error(activation: ActivationQuantizer) -> None:
+    activation.activate(NumberFormat(2, Scheme.AFFINE))
+    with pytest.raises(KeyError, match="uint2"):
+        activation(torch.ones(1))
+
+
+def test_a_weight_has_codes_and_values_per_format() -> None:
+    quantizer = WeightQuantizer("fc.weight", [INT4, INT8], axis=0)
+    quantizer.set_scale(INT4, torch.tensor([0.5, 1.0]))
+    quantizer.set_scale(INT8, torch.tensor([0.1, 0.1]))
+    weight = torch.tensor([[0.6, -9.0], [0.6, -0.2]])
+    assert quantizer(weight) is weight
+    assert quantizer.codes(weight, INT4).tolist() == [[1, -8], [1, 0]]
+    quantizer.activate(INT4)
+    assert quantizer(weight).tolist() == [[0.5, -4.0], [1.0, 0.0]]
+    quantizer.activate(INT8)
+    assert torch.allclose(quantizer(weight), torch.tensor([[0.6, -9.0], [0.6, -0.2]]))
+
+
+def test_scales_travel_with_the_module() -> None:
+    quantizer = WeightQuantizer("fc.weight", [INT4], axis=0)
+    quantizer.set_scale(INT4, torch.ones(2))
+    assert set(quantizer.state_dict()) == {"scale_int4"}
+    assert quantizer.to(torch.float64).scale(INT4).dtype is torch.float64
+
+
+def test_a_bias_is_shifted_only_for_the_active_format() -> None:
+    correction = BiasCorrection("fc")
+    correction.set_shift(INT4, torch.tensor([1.0, -1.0]))
+    bias = torch.tensor([2.0, 2.0])
+    assert correction(bias) is bias
+    assert correction(None) is None
+    correction.activate(INT4)
+    assert correction(bias).tolist() == [3.0, 1.0]
+    assert correction(None).tolist() == [1.0, -1.0]
+    correction.activate(INT8)
+    assert correction(bias) is bias
+    assert correction.shift(INT8) is None
+
+
+@pytest.mark.parametrize("active", [None, INT8])
+def test_modules_print_their_name_and_state(active: NumberFormat | None) -> None:
+    for module in (WeightQuantizer("fc.weight", [INT8], 0), BiasCorrection("fc")):
+        module.activate(active)
+        state = "None" if active is None else "int8"
+        assert f"{module.name}, active={state}" in repr(module)
+    quantizer = ActivationQuantizer("relu", [UINT8])
+    quantizer.activate(UINT8)
+    assert "relu, active=uint8" in repr(quantizer)
