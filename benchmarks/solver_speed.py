@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fxmpq
-from fxmpq.solver.choices import Row
-from fxmpq.solver.program import Solution, solve_program
+from fxmpq.solver.program import Row, Solution, solve_program
 
 REPEATS = 5
 NAMES = ("w2a8", "w3a8", "w4a8", "w5a8", "w6a8", "w8a8")

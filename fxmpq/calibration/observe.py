@@ -42,6 +42,9 @@ class Observations(fx.Interpreter):
             for layer in group.layers
             if layer.bias_correction is not None
         }
+        self._ranks = {
+            layer.node: len(layer.weight_shape) for group in state.groups for layer in group.layers
+        }
         self._owners = _owners(state)
         self._graph = graph
         self._batch = 0
@@ -79,7 +82,9 @@ class Observations(fx.Interpreter):
         elif n.name in self.means:
             source = argument(n, OPERATORS[n.target].input)
             assert isinstance(source, fx.Node)
-            self.means[n.name].update(self.env[source])
+            value = self.env[source]
+            # A layer also takes one sample without a batch dimension, such as a parameter.
+            self.means[n.name].update(value[None] if value.dim() < self._ranks[n.name] else value)
         return result
 
     def _count(self, name: str, node: fx.Node, value: Tensor) -> None:

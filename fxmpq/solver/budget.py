@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from fxmpq.costs.table import CostTable
 from fxmpq.errors import BudgetError, InfeasibleBudgetError, closest
-from fxmpq.solver.choices import build_problem
+from fxmpq.solver.exact import within
+from fxmpq.solver.ties import smallest
 
 _UNITS: Mapping[str, float] = {
     "": 1,
@@ -156,7 +157,7 @@ class Budget:
             BudgetError: If a metric is not in the table.
         """
         resolved = self.resolve(costs)
-        if any(costs.smallest(limit.metric) > limit.amount for limit in resolved):
+        if not all(within(costs.smallest(limit.metric), limit.amount) for limit in resolved):
             raise InfeasibleBudgetError(infeasible_message(resolved, costs))
 
 
@@ -167,11 +168,10 @@ def infeasible_message(
     lines = []
     alone = True
     for limit in limits:
-        tied = build_problem(costs.costs[limit.metric], (), ties)
-        least = costs.fixed.get(limit.metric, 0) + tied.offset
+        least = costs.fixed.get(limit.metric, 0) + smallest(costs.costs[limit.metric], ties)
         total = costs.float_total.get(limit.metric)
         share = "" if not total else f" ({100 * least / total:.2f} % of float)"
-        met = least <= limit.amount
+        met = within(least, limit.amount)
         alone = alone and met
         lines.append(
             f"  {limit.text}: at most {_number(limit.amount)}; the smallest value reachable is "

@@ -1,46 +1,42 @@
-"""The bit-width program: one option a group, any number of limits, solved to proven optimality."""
+"""The bit-width program: one precision a group, any number of limits, a proven optimum."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-import mip
-import numpy as np
+from fractions import Fraction
 
 from fxmpq.errors import FxmpqError, InfeasibleBudgetError, closest
-from fxmpq.solver.choices import (
-    Array,
-    Problem,
-    Relaxed,
-    Row,
-    Table,
-    build_problem,
-    drop_hopeless,
-    relax,
-)
-
-SOLVERS: Mapping[str, str] = {"cbc": mip.CBC, "highs": mip.HIGHS}
-"""By name, since python-mip would otherwise prefer a commercial solver it finds."""
-
-_OBJECTIVE_SCALE = 1e6  # CBC looks for improvements above 1e-5 only: 1e-11 of the optimum
-_COARSE = 1e-3
-_ATTEMPTS = 20
-_TIGHTENING = 1e-6
-_IMPOSSIBLE = (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE)
-_FOUND = (mip.OptimizationStatus.OPTIMAL, mip.OptimizationStatus.FEASIBLE)
+from fxmpq.solver.branch import SOLVERS
+from fxmpq.solver.exact import Number, allowance, common_denominator, exact
+from fxmpq.solver.instance import Instance, Option
+from fxmpq.solver.search import find_optimum
+from fxmpq.solver.ties import Table, merge_ties
 
 
 @dataclass(frozen=True)
-class Cover:
-    """Options, as indices per unit, of which no more than `most` fit together."""
+class Row:
+    """One limit: the sum of the chosen entries must not exceed `limit`.
 
-    options: list[list[int]]
-    most: int
+    Args:
+        table: Group to precision to value.
+        limit: The greatest sum allowed; between integers without rounding, else up to the
+            limit's own rounding, `2^-50` of it, so that a limit that equals a sum of fractions
+            is met by that sum.
+
+    Raises:
+        FxmpqError: If the limit is not a number.
+    """
+
+    table: Table
+    limit: Number
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.limit):
+            raise FxmpqError("a limit is NaN; give a number")
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class Solution:
         choices: Precision name per group.
         objective: Sum of the chosen values.
         bound: Proven lower bound on the objective.
-        status: `optimal`, or `feasible` when the optimum was not proven in the time given.
+        status: `optimal`, or `feasible` when the time limit or the allowed gap came first.
         seconds: Wall time.
     """
 
@@ -79,31 +75,28 @@ def solve_program(
     time_limit: float = 60.0,
     max_gap: float = 0.0,
 ) -> Solution:
-    """Minimise `sum_g objective[g][c_g]` over one option `c_g` a group, within all rows.
+    """Minimise `sum_g objective[g][c_g]` over one precision `c_g` a group, within all rows.
 
-    The multiple-choice knapsack with any number of limits. Before the solver sees it, every
-    group is shifted to least value 0, options that are dominated or that a Lagrangian bound
-    excludes are dropped, and objective and limits are scaled to the order of the optimum:
-    raw sensitivities of 1e-9 lie below a solver's tolerances. Every answer is checked against
-    the limits in exact arithmetic; one that a solver's tolerance let through is cut off by a
-    cover inequality (some group must use less of that limit), and the search goes on. All of it
-    shares one time limit.
+    The multiple-choice knapsack with any number of limits. Numbers are read as the decimals
+    they print as, and what counts as within a limit is decided without rounding. The solver
+    gets the program reduced and scaled (`find_optimum`): raw sensitivities of 1e-9 lie below
+    its tolerances, and a raw limit of 1e12 BOPs hides a thousand of them.
 
     Args:
         objective: Group to precision to value; values may be negative.
         rows: Limits over the same groups and precisions.
         ties: Groups that must take the same precision.
         solver: `cbc` or `highs`.
-        time_limit: Seconds for everything, after which the best choice found is returned.
-        max_gap: Relative gap at which the solver may stop.
+        time_limit: Seconds, after which the best choice found is returned.
+        max_gap: Relative gap at which the search may stop.
 
     Returns:
         The choices, with a proven bound.
 
     Raises:
         InfeasibleBudgetError: If no choice is within all rows.
-        FxmpqError: If the solver's name or a tie is unknown, the tables do not cover the same
-            entries, or the time was too short to find any choice.
+        BudgetError: If the time limit passed before any choice was found.
+        FxmpqError: If the solver's name or a tie is unknown, or tied groups share no precision.
 
     Example:
         >>> objective = {"a": {"w4a8": 1.0, "w8a8": 0.0}, "b": {"w4a8": 3.0, "w8a8": 0.0}}
@@ -114,184 +107,81 @@ def solve_program(
     if solver not in SOLVERS:
         raise FxmpqError(f"no solver {solver!r}; there are {closest(solver, SOLVERS)}")
     start = time.perf_counter()
-    problem = build_problem(objective, rows, ties)
-    if (problem.rooms < 0).any():
-        raise InfeasibleBudgetError("a limit lies below the smallest value reachable")
-    problem = drop_hopeless(problem)
-    if not all(unit.names for unit in problem.units):
-        raise InfeasibleBudgetError("a group has no precision within all limits")
-    relaxed = relax(problem)
-    search = _Search(relaxed)
-    status = search.run(solver, start + time_limit, max_gap)
-    if search.picks is None:
-        raise FxmpqError(
-            f"{solver} found no choice within all limits in {time_limit:g} s, and did not prove "
-            "that there is none; give it a longer time_limit, or raise the budget"
+    _check_tables(objective, rows)
+    units, names = merge_ties(objective, ties)
+    values, scale = _integers(objective, units, names)
+    bounded = [row for row in rows if row.limit != math.inf]
+    costs = [_limited(row, units, names) for row in bounded]
+    keys = iter(range(len(values)))
+    groups = tuple(
+        tuple(
+            Option(key, values[key], tuple(column[key] for column, _ in costs))
+            for _, key in zip(found, keys, strict=False)
         )
+        for found in names
+    )
+    instance = Instance(groups, tuple(limit for _, limit in costs))
+    best = find_optimum(instance, solver=solver, time_limit=time_limit, max_gap=max_gap)
+    if best is None:
+        raise InfeasibleBudgetError("no choice is within all limits")
     choices = {
-        group: unit.names[pick]
-        for unit, pick in zip(relaxed.problem.units, search.picks, strict=True)
-        for group in unit.groups
+        group: name
+        for members, found, options in zip(units, names, groups, strict=True)
+        for name, option in zip(found, options, strict=True)
+        if option.key in best.keys
+        for group in members
     }
-    choices = {group: choices[group] for group in objective}
-    total = math.fsum(objective[group][name] for group, name in choices.items())
-    # Adding the offset back rounds: a choice that reaches the bound is the bound.
-    proven = search.value <= search.bound
-    bound = total if proven else min(total, problem.offset + search.bound)
-    status = "optimal" if proven else status
-    return Solution(choices, total, bound, status, time.perf_counter() - start)
+    total = _total(objective[group][name] for group, name in choices.items())
+    proven = best.bound >= best.objective
+    return Solution(
+        choices={group: choices[group] for group in objective},
+        objective=total,
+        bound=total if proven else min(total, float(best.bound / scale)),
+        status="optimal" if proven else "feasible",
+        seconds=time.perf_counter() - start,
+    )
 
 
-class _Search:
-    """Looks for the best choice; holds the best one known and a proven lower bound."""
-
-    def __init__(self, relaxed: Relaxed) -> None:
-        self._problem = relaxed.problem
-        self._covers: list[Cover] = []
-        self.picks = relaxed.picks
-        self.value = relaxed.value
-        self.bound = relaxed.bound
-
-    def run(self, solver: str, deadline: float, max_gap: float) -> str:
-        """Improve the choice until it is proven or time is up; returns the status."""
-        if self._settled():
-            return "optimal"
-        scale = (self.value if self.picks is not None else _largest(self._problem)) or 1.0
-        for attempt in range(_ATTEMPTS):
-            seconds = deadline - time.perf_counter()
-            if seconds <= 0:
-                break
-            last = attempt == _ATTEMPTS - 1
-            program = _Program(self._problem, solver, scale, _TIGHTENING if last else 0.0)
-            program.restrict(self.picks, self.value, self._covers)
-            status = program.optimize(seconds, max_gap)
-            if status in _IMPOSSIBLE and self.picks is None and not last:
-                raise InfeasibleBudgetError("no choice is within all limits")
-            if status not in _FOUND:
-                break
-            if not last:
-                self.bound = max(self.bound, program.bound())
-            if not self._take(program.picks()) or last:
-                continue
-            if 0 < self.value < scale * _COARSE:
-                scale = self.value
-            elif status == mip.OptimizationStatus.OPTIMAL:
-                self.bound = self.value if max_gap == 0.0 else self.bound
-                return "optimal"
-        return "feasible"
-
-    def _settled(self) -> bool:
-        """Whether the relaxation has said it all."""
-        if all(len(unit.names) == 1 for unit in self._problem.units):
-            if self.picks is None:
-                raise InfeasibleBudgetError("no choice is within all limits")
-            self.bound = self.value
-        return self.picks is not None and self.value <= self.bound
-
-    def _take(self, picks: tuple[int, ...]) -> bool:
-        """Keep a choice if it is the best within all limits; learn from one that is not."""
-        units = self._problem.units
-        for index, room in enumerate(self._problem.rooms):
-            used = [unit.usage[index, pick] for unit, pick in zip(units, picks, strict=True)]
-            if math.fsum(used) > room:
-                self._covers.append(_cover([unit.usage[index] for unit in units], used, room))
-                return False
-        value = math.fsum(unit.values[pick] for unit, pick in zip(units, picks, strict=True))
-        if value < self.value:
-            self.picks, self.value = picks, value
-        return True
-
-
-def _largest(problem: Problem) -> float:
-    return max(float(unit.values.max()) for unit in problem.units)
-
-
-def _cover(usages: Sequence[Array], used: Sequence[float], room: float) -> Cover:
-    """The extended cover that a choice over a limit shows.
-
-    The largest takings that exceed the room are a cover, and so are as many options, one a unit,
-    that each take no less than the one they replace, or elsewhere than the cover's largest.
-    """
-    order = sorted(range(len(used)), key=lambda place: used[place], reverse=True)
-    sums = itertools.accumulate(used[place] for place in order)
-    size = next((count for count, taken in enumerate(sums, 1) if taken > room), len(order))
-    least = [used[order[0]]] * len(used)
-    for place in order[:size]:
-        least[place] = used[place]
-    pairs = zip(usages, least, strict=True)
-    return Cover([np.flatnonzero(usage >= taken).tolist() for usage, taken in pairs], size - 1)
-
-
-class _Program:
-    """One binary program in python-mip, in scaled units."""
-
-    def __init__(self, problem: Problem, solver: str, scale: float, tightening: float) -> None:
-        self._problem = problem
-        self._scale = scale
-        self._model = mip.Model(sense=mip.MINIMIZE, solver_name=SOLVERS[solver])
-        self._model.verbose = 0
-        self._columns = [
-            [self._model.add_var(var_type=mip.BINARY) for _ in unit.names]
-            for unit in self._problem.units
-        ]
-        factor = _OBJECTIVE_SCALE / scale
-        self._model.objective = mip.xsum(
-            float(value) * factor * column
-            for unit, columns in zip(self._problem.units, self._columns, strict=True)
-            for value, column in zip(unit.values, columns, strict=True)
-            if value
-        )
-        for columns in self._columns:
-            self._model.add_constr(mip.xsum(columns) == 1)
-        for index, room in enumerate(self._problem.rooms):
-            if room > 0:
-                self._add_limit(index, float(room), 1.0 - tightening)
-
-    def _add_limit(self, index: int, room: float, right_side: float) -> None:
-        self._model.add_constr(
-            mip.xsum(
-                float(unit.usage[index, option]) / room * column
-                for unit, columns in zip(self._problem.units, self._columns, strict=True)
-                for option, column in enumerate(columns)
-                if unit.usage[index, option]
-            )
-            <= right_side
-        )
-
-    def restrict(self, picks: Sequence[int] | None, value: float, covers: Sequence[Cover]) -> None:
-        """Start from the best choice known, without what cannot beat it or does not fit."""
-        for unit, columns in zip(self._problem.units, self._columns, strict=True):
-            for column, alone in zip(columns, unit.values, strict=True):
-                if alone > value:
-                    column.ub = 0.0
-        for cover in covers:
-            self._model.add_constr(
-                mip.xsum(
-                    columns[option]
-                    for columns, options in zip(self._columns, cover.options, strict=True)
-                    for option in options
+def _check_tables(objective: Table, rows: Sequence[Row]) -> None:
+    if not objective or not all(objective.values()):
+        raise FxmpqError("the program needs at least one group, each with a precision")
+    for row in rows:
+        for group, entries in objective.items():
+            missing = set(entries) - set(row.table.get(group, {}))
+            if missing:
+                raise FxmpqError(
+                    f"a limit lacks group {group!r} at {', '.join(sorted(missing))}; it needs "
+                    "every group and precision of the objective"
                 )
-                <= cover.most
-            )
-        if picks is not None:
-            self._model.start = [
-                (columns[pick], 1.0) for columns, pick in zip(self._columns, picks, strict=True)
-            ]
 
-    def optimize(self, time_limit: float, max_gap: float) -> mip.OptimizationStatus:
-        """Run the solver and return its status."""
-        self._model.max_mip_gap = max_gap
-        self._model.max_mip_gap_abs = _OBJECTIVE_SCALE * 1e-12
-        return self._model.optimize(max_seconds=time_limit)
 
-    def bound(self) -> float:
-        """Proven lower bound on the sum of values; minus infinity if there is none."""
-        found = self._model.objective_bound
-        return -math.inf if found is None else float(found) * self._scale / _OBJECTIVE_SCALE
+def _total(numbers: Iterable[float]) -> float:
+    found = list(numbers)
+    return sum(found) if all(isinstance(number, int) for number in found) else math.fsum(found)
 
-    def picks(self) -> tuple[int, ...]:
-        """The chosen option per unit."""
-        return tuple(
-            max(range(len(columns)), key=lambda option: float(columns[option].x or 0.0))
-            for columns in self._columns
-        )
+
+def _limited(
+    row: Row, units: Sequence[Sequence[str]], names: Sequence[Sequence[str]]
+) -> tuple[list[int], int]:
+    """A row's entries and its limit as integers of one unit."""
+    entries, factor = _integers(row.table, units, names)
+    whole = all(
+        isinstance(value, int) for options in row.table.values() for value in options.values()
+    )
+    limit = (
+        allowance(row.limit, whole=whole) if math.isfinite(row.limit) else Fraction(-sys.maxsize)
+    )
+    return entries, math.floor(limit * factor)
+
+
+def _integers(
+    table: Table, units: Sequence[Sequence[str]], names: Sequence[Sequence[str]]
+) -> tuple[list[int], int]:
+    """Every unit's summed entries as integers, and the factor that makes them so."""
+    numbers = [
+        sum((exact(table[group][name]) for group in members), Fraction(0))
+        for members, found in zip(units, names, strict=True)
+        for name in found
+    ]
+    factor = common_denominator(numbers)
+    return [int(number * factor) for number in numbers], factor

@@ -9,9 +9,9 @@ from fxmpq.costs.table import CostTable
 from fxmpq.errors import FxmpqError, InfeasibleBudgetError
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.solver.budget import Budget, infeasible_message
-from fxmpq.solver.choices import Row, build_problem
 from fxmpq.solver.plan import Plan
-from fxmpq.solver.program import solve_program
+from fxmpq.solver.program import Row, solve_program
+from fxmpq.solver.ties import smallest
 
 
 def solve(
@@ -96,7 +96,7 @@ def _explain(
 ) -> str:
     if budget.loss is None:
         return infeasible_message(budget.resolve(costs), costs, ties)
-    least = build_problem(sensitivity.values, (), ties).offset
+    least = smallest(sensitivity.values, ties)
     limit = f"  loss at most {budget.loss:.4g}; the smallest loss reachable is {least:.4g}"
     if not budget.limits or least > budget.loss:
         return (

@@ -52,7 +52,8 @@ def store_tensor(graph: fx.GraphModule, name: str, tensor: Tensor, before: fx.No
 
     Args:
         graph: Changed in place.
-        name: A name that is stored once; a second call only makes another reading node.
+        name: Stored once: a second call with the same tensor only makes another reading node,
+            one with another tensor gets a name of its own.
         tensor: What to store.
         before: Where the reading node goes.
 
@@ -60,10 +61,21 @@ def store_tensor(graph: fx.GraphModule, name: str, tensor: Tensor, before: fx.No
         The node that reads it.
     """
     flat_name = name.replace(".", "_")
-    if not hasattr(graph, flat_name):
-        graph.register_buffer(flat_name, tensor.detach().contiguous())
+    stored = tensor.detach().contiguous()
+    while not _holds(graph, flat_name, stored):
+        if not hasattr(graph, flat_name):
+            graph.register_buffer(flat_name, stored)
+        else:
+            flat_name += "_"
     with graph.graph.inserting_before(before):
         return graph.graph.get_attr(flat_name)
+
+
+def _holds(graph: fx.GraphModule, name: str, tensor: Tensor) -> bool:
+    found = getattr(graph, name, None)
+    return (
+        isinstance(found, Tensor) and found.dtype is tensor.dtype and torch.equal(found, tensor)
+    )
 
 
 def _bake_bias(graph: fx.GraphModule, node: fx.Node, correction: BiasCorrection) -> None:

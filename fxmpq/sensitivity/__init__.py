@@ -1,0 +1,1 @@
+"""How much the output suffers from every (group, precision)."""

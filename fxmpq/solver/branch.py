@@ -1,0 +1,170 @@
+"""What python-mip is asked: the binary program of one instance, and prices on its limits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import mip
+import numpy as np
+from mip import cbc
+
+from fxmpq.errors import FxmpqError
+from fxmpq.solver.instance import Instance, Option
+from fxmpq.solver.relaxation import Floats, Relaxation
+
+# Named here so that CBC's library is loaded on import: the first program need not wait for it.
+_CBC_MODULE = cbc
+# By name: a model without one silently takes a commercial solver where it finds one.
+SOLVERS: Mapping[str, str] = {"cbc": mip.CBC, "highs": mip.HIGHS}
+
+_TOLERANCE = 1e-9
+# Prices this sharp rule out as much as the sharpest.
+_SHARP = 1e-6
+_STEEP = 1e6
+# A solver looks for improvements of about 1e-5 at least: 1e-9 of an objective scaled so.
+_SCALE = 1e4
+_NONE_LEFT = (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE)
+
+
+@dataclass(frozen=True)
+class Cover:
+    """At most `most` of some options can be chosen together.
+
+    Args:
+        keys: The options' keys.
+        most: How many.
+    """
+
+    keys: frozenset[int]
+    most: int
+
+
+@dataclass(frozen=True)
+class Branched:
+    """What the solver said.
+
+    Args:
+        chosen: One option a group, within the solver's tolerance; `None` if it found none.
+        complete: Whether it searched everything: `chosen` is optimal up to the gap allowed, or
+            there is no solution.
+        bound: Proven lower bound of the sum of values, as a share of `unit`.
+    """
+
+    chosen: tuple[Option, ...] | None
+    complete: bool
+    bound: float
+
+
+def branch(
+    instance: Instance,
+    covers: Sequence[Cover],
+    *,
+    solver: str,
+    seconds: float,
+    unit: int,
+    allowed_gap: float = 0.0,
+) -> Branched:
+    """Solve an instance by branch and cut.
+
+    Args:
+        instance: From `reduce_instance`.
+        covers: Further inequalities.
+        solver: A key of `SOLVERS`.
+        seconds: Time limit.
+        unit: Scale of the objective: the greatest sum of values that is of interest.
+        allowed_gap: Absolute gap at which it may stop, as a share of `unit`.
+
+    Returns:
+        The best solution found.
+    """
+    if seconds <= 0:
+        return Branched(None, complete=False, bound=0.0)
+    model = _model(solver)
+    model.max_mip_gap_abs = allowed_gap * _SCALE
+    columns = {
+        option.key: model.add_var(var_type=mip.BINARY, obj=option.value / unit * _SCALE)
+        for option in instance.options
+    }
+    for group in instance.groups:
+        variables = [columns[option.key] for option in group]
+        model.add_constr(mip.LinExpr(variables, [1.0] * len(variables), -1.0, "="))
+    for row, limit in enumerate(instance.limits):
+        taking = [option for option in instance.options if option.costs[row]]
+        shares = [option.costs[row] / limit for option in taking]
+        model.add_constr(mip.LinExpr([columns[option.key] for option in taking], shares, -1.0, "<"))
+    for cover in covers:
+        free = [columns[key] for key in cover.keys if key in columns]
+        most = cover.most - len(cover.keys.intersection(instance.settled))
+        if most < 0:
+            return Branched(None, complete=True, bound=0.0)
+        if free:
+            model.add_constr(mip.LinExpr(free, [1.0] * len(free), -float(most), "<"))
+    status = model.optimize(max_seconds=seconds)
+    if status in _NONE_LEFT:
+        return Branched(None, complete=True, bound=0.0)
+    proven = float(model.objective_bound or 0.0) / _SCALE
+    if model.num_solutions == 0:
+        return Branched(None, complete=False, bound=max(proven, 0.0))
+    chosen = tuple(
+        max(group, key=lambda option: float(columns[option.key].x)) for group in instance.groups
+    )
+    complete = status == mip.OptimizationStatus.OPTIMAL
+    return Branched(chosen, complete=complete, bound=max(proven, 0.0))
+
+
+def sharp_prices(relaxation: Relaxation, *, solver: str, seconds: float) -> Floats:
+    """Find the prices of the sharpest bound, `max_u L(u)`, by cutting planes (Kelley, 1960).
+
+    Every choice bounds `L` by a plane; the prices at which the planes found so far allow the most
+    give the next choice. It ends when the bound there is as good as the planes allow.
+
+    Args:
+        relaxation: Values should be of order 1.
+        solver: A key of `SOLVERS`.
+        seconds: Time limit, after which the best prices so far must do.
+
+    Returns:
+        A price per limit.
+    """
+    deadline = time.monotonic() + seconds
+    best = prices = relaxation.single_price()
+    reached, allowed = relaxation.bound(prices)[0], np.inf
+    model = _model(solver)
+    model.sense = mip.MAXIMIZE
+    height = model.add_var(obj=1.0, lb=-_STEEP, ub=_STEEP)
+    priced = [model.add_var(ub=max(_STEEP, 4 * float(price))) for price in prices]
+    # CBC prints the log of a linear program whatever it is told, but that of an integer one not.
+    model.add_var(var_type=mip.BINARY)
+    while allowed - reached > _SHARP * abs(reached) and time.monotonic() < deadline:
+        chosen = relaxation.cheapest(prices)
+        slopes = relaxation.costs[:, chosen].sum(axis=1) - 1
+        level = float(relaxation.values[chosen].sum())
+        coefficients = [1.0, *(-slopes).tolist()]
+        model.add_constr(mip.LinExpr([height, *priced], coefficients, -level, "<"))
+        left = deadline - time.monotonic()
+        if model.optimize(max_seconds=max(left, 0.01)) != mip.OptimizationStatus.OPTIMAL:
+            break
+        allowed = float(height.x)
+        prices = np.maximum(np.array([float(price.x) for price in priced]), 0.0)
+        bound = relaxation.bound(prices)[0]
+        if bound > reached:
+            reached, best = bound, prices
+    return best
+
+
+def _model(solver: str) -> mip.Model:
+    try:
+        model = mip.Model(solver_name=SOLVERS[solver])
+    except FileNotFoundError as error:
+        raise FxmpqError(
+            f"the solver {solver!r} is not installed; install it with "
+            "`pip install 'mip[highs]'`, or ask for solver='cbc'"
+        ) from error
+    model.verbose = 0
+    model.threads = 1
+    model.max_mip_gap = 0.0
+    model.max_mip_gap_abs = 0.0
+    model.infeas_tol = model.integer_tol = model.opt_tol = _TOLERANCE
+    return model
