@@ -6,11 +6,16 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from fxmpq.artefact import build, check_fields, dump_json, load_json
 from fxmpq.costs.table import CostTable
-from fxmpq.errors import BudgetError, InfeasibleBudgetError, closest
+from fxmpq.errors import BudgetError, FileFormatError, InfeasibleBudgetError, closest
 from fxmpq.solver.exact import within
 from fxmpq.solver.ties import smallest
+
+SCHEMA = "fxmpq.budget"
+VERSION = 1
 
 _UNITS: Mapping[str, float] = {
     "": 1,
@@ -137,6 +142,27 @@ class Budget:
         if self.minimize is not None:
             parts = [f"minimize={self.minimize}", f"loss={self.loss}", *parts]
         return ",".join(parts)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Write as JSON; returns the text, and writes it to `path` if given."""
+        limits = [vars(limit) for limit in self.limits]
+        fields = {"limits": limits, "minimize": self.minimize, "loss": self.loss}
+        return dump_json(SCHEMA, VERSION, fields, path)
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> Budget:
+        """Read from a file or JSON text.
+
+        Raises:
+            FileFormatError: If it holds something else.
+        """
+        found = load_json(SCHEMA, VERSION, source)
+        check_fields(SCHEMA, found, {"limits"}, {"minimize", "loss"})
+        entries = found["limits"]
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise FileFormatError(f"{SCHEMA}: 'limits' must be a list of objects")
+        found["limits"] = tuple(build(SCHEMA, Limit, entry) for entry in entries)
+        return build(SCHEMA, cls, found)
 
     def resolve(self, costs: CostTable) -> tuple[ResolvedLimit, ...]:
         """Turn the limits into absolute ones.

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+
+import torch
 
 from fxmpq.errors import FxmpqError, InfeasibleBudgetError, closest
 from fxmpq.solver.branch import SOLVERS
@@ -121,7 +124,8 @@ def solve_program(
         for found in names
     )
     instance = Instance(groups, tuple(limit for _, limit in costs))
-    best = find_optimum(instance, solver=solver, time_limit=time_limit, max_gap=max_gap)
+    with _keeping_torch_threads():
+        best = find_optimum(instance, solver=solver, time_limit=time_limit, max_gap=max_gap)
     if best is None:
         raise InfeasibleBudgetError("no choice is within all limits")
     choices = {
@@ -185,3 +189,13 @@ def _integers(
     ]
     factor = common_denominator(numbers)
     return [int(number * factor) for number in numbers], factor
+
+
+@contextmanager
+def _keeping_torch_threads() -> Iterator[None]:
+    """CBC sets the number of OpenMP threads of the whole process, torch's included."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

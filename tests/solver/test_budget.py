@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxmpq.costs.table import CostTable
-from fxmpq.errors import BudgetError, InfeasibleBudgetError
+from fxmpq.errors import BudgetError, FileFormatError, InfeasibleBudgetError
 from fxmpq.solver.budget import Budget, Limit, infeasible_message
 
 ROW = {"w4a8": 1_000, "w8a8": 2_000}
@@ -209,3 +210,19 @@ def test_ties_raise_the_smallest_value_reachable() -> None:
 def test_a_budget_without_sense_cannot_be_built(make: Callable[[], Budget]) -> None:
     with pytest.raises(BudgetError, match=r"write for example|needs a"):
         make()
+
+
+@pytest.mark.parametrize(
+    "text", ["weights=15%,bops=35G", "avg_weight_bits=4.5", "minimize=weights,sqnr=30,bops=10%"]
+)
+def test_json_round_trip(text: str, tmp_path: Path) -> None:
+    budget = Budget.parse(text)
+    assert Budget.from_json(budget.to_json(tmp_path / "budget.json")) == budget
+    assert Budget.from_json(tmp_path / "budget.json") == budget
+
+
+@pytest.mark.parametrize("limits", ["3", "[3]", '[{"metric": "weights"}]', "[]"])
+def test_other_content_is_refused(limits: str) -> None:
+    text = f'{{"schema": "fxmpq.budget", "version": 1, "limits": {limits}}}'
+    with pytest.raises(FileFormatError, match=r"fxmpq\.budget"):
+        Budget.from_json(text)

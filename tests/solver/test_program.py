@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -280,3 +281,15 @@ def test_a_program_that_cannot_be_met(limit: int, second: int) -> None:
     ]
     with pytest.raises(InfeasibleBudgetError, match="no choice is within all limits"):
         solve_program({"a": {"w2a8": 0.0, "w8a8": 0.0}}, rows)
+
+
+def test_torch_keeps_its_threads() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        objective = {name: {"w2a8": 3.0, "w4a8": 1.0, "w8a8": 0.0} for name in "abc"}
+        size = {name: {"w2a8": 2, "w4a8": 4, "w8a8": 8} for name in "abc"}
+        solve_program(objective, [Row(size, 13)])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

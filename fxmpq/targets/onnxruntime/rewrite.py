@@ -8,12 +8,16 @@ from torch import Tensor, fx
 from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.operators import OPERATORS, argument
 from fxmpq.graph.rules import TargetRules
+from fxmpq.quantizers.integer import weight_codes
 from fxmpq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 from fxmpq.quantizers.ranges import ActivationRange
 from fxmpq.targets.lowering import finish, lower, quantizer_of, store_tensor
 from fxmpq.targets.onnxruntime import operators  # noqa: F401  (registers torch.ops.fxmpq)
 
-_INT32_MAX = 2**31 - 1
+_LARGEST_BIAS = 2**30
+"""Half of what an `int32` accumulator holds; the products take the rest."""
+
+_SMALLEST_SCALE = float(torch.finfo(torch.float32).tiny)
 
 
 def to_integer_operators(graph: fx.GraphModule, rules: TargetRules) -> fx.GraphModule:
@@ -72,18 +76,23 @@ def _insert_round_trip(
 
 
 def _stored_weight(
-    graph: fx.GraphModule, node: fx.Node, quantizer: WeightQuantizer, *, transposed: bool = False
+    graph: fx.GraphModule, node: fx.Node, quantizer: WeightQuantizer, codes: Tensor, scale: Tensor
 ) -> tuple[fx.Node, fx.Node]:
     """Nodes that read a weight's codes and scales."""
-    active = quantizer.active
-    assert active is not None
-    with torch.no_grad():
-        codes = quantizer.codes(get_tensor(graph, quantizer.name), active)
-    codes = codes.T if transposed else codes
-    form = "transposed_" if transposed else ""
-    name = f"codes_{active.bits}bit_{form}{quantizer.name}"
+    assert quantizer.active is not None
+    name = f"codes_{quantizer.active.bits}bit_{quantizer.name}"
     stored = store_tensor(graph, name, codes, node)
-    return stored, store_tensor(graph, f"scale_{quantizer.name}", quantizer.scale(active), node)
+    return stored, store_tensor(graph, f"scale_{quantizer.name}", scale, node)
+
+
+def _codes(
+    graph: fx.GraphModule, quantizer: WeightQuantizer, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A weight's codes and scales: its own, or the codes for another scale."""
+    assert quantizer.active is not None
+    scale = quantizer.scale(quantizer.active) if scale is None else scale
+    weight = get_tensor(graph, quantizer.name).detach()
+    return weight_codes(weight, scale, quantizer.active, quantizer.axis), scale
 
 
 def _bias_of(graph: fx.GraphModule, node: fx.Node) -> Tensor | None:
@@ -100,25 +109,37 @@ def _rewrite_conv(
     quantizer: WeightQuantizer,
     codes_of: dict[fx.Node, tuple[fx.Node, ActivationRange]],
 ) -> None:
-    codes, scale = _stored_weight(graph, node, quantizer)
-    dequantize = torch.ops.fxmpq.dequantize_channels.default
-    with graph.graph.inserting_before(node):
-        weight = graph.graph.call_function(dequantize, (codes, scale))
-    node.update_arg(1, weight)
     bias, source = _bias_of(graph, node), node.args[0]
-    assert isinstance(source, fx.Node)
-    if bias is None or source not in codes_of or quantizer.active is None:
+    codes, scale = _codes(graph, quantizer)
+    if bias is not None and source in codes_of:
+        scale = _scale_that_holds(bias, codes, scale, codes_of[source][1].scale)
+        codes, scale = _codes(graph, quantizer, scale)
+    dequantize = torch.ops.fxmpq.dequantize_channels.default
+    stored = _stored_weight(graph, node, quantizer, codes, scale)
+    with graph.graph.inserting_before(node):
+        node.update_arg(1, graph.graph.call_function(dequantize, stored))
+    if bias is None or source not in codes_of:
         return
     # The integer kernel adds the bias to its accumulator, so it is stored in its units.
-    step = quantizer.scale(quantizer.active).double() * codes_of[source][1].scale
-    units = torch.round(bias.double() / step)
-    if units.abs().max() > _INT32_MAX:
-        return
+    step = scale.double() * codes_of[source][1].scale
+    units = torch.round(bias.double() / step).to(torch.int32)
     name = f"{quantizer.name}.{node.name}"
-    stored = store_tensor(graph, f"bias_codes_{name}", units.to(torch.int32), node)
+    stored_units = store_tensor(graph, f"bias_codes_{name}", units, node)
     steps = store_tensor(graph, f"bias_scale_{name}", step.float(), node)
     with graph.graph.inserting_before(node):
-        node.update_arg(2, graph.graph.call_function(dequantize, (stored, steps)))
+        node.update_arg(2, graph.graph.call_function(dequantize, (stored_units, steps)))
+
+
+def _scale_that_holds(bias: Tensor, codes: Tensor, scale: Tensor, input_scale: float) -> Tensor:
+    """Weight scales in whose accumulator units the bias fits an `int32`.
+
+    A channel of nearly dead weights has a scale so small that its bias would overflow; a larger
+    one loses nothing that shows beside that bias. A channel of zeros may have any scale, and
+    takes the one that gives its bias the most digits.
+    """
+    needed = (bias.double().abs() / (input_scale * _LARGEST_BIAS)).clamp(min=_SMALLEST_SCALE)
+    is_dead = (codes == 0).flatten(1).all(dim=1)
+    return torch.where(is_dead, needed, torch.maximum(scale.double(), needed)).float()
 
 
 def _rewrite_linear(
@@ -130,7 +151,8 @@ def _rewrite_linear(
     source = node.args[0]
     assert isinstance(source, fx.Node)
     input_codes, found = codes_of[source]
-    codes, scale = _stored_weight(graph, node, quantizer, transposed=True)
+    codes, scale = _codes(graph, quantizer)
+    stored = _stored_weight(graph, node, quantizer, codes.T, scale)
     bias = argument(node, OPERATORS[node.target].bias)
     if not isinstance(bias, fx.Node) or bias.op == "get_attr":
         found_bias = _bias_of(graph, node)
@@ -140,7 +162,7 @@ def _rewrite_linear(
     with graph.graph.inserting_before(node):
         linear = graph.graph.call_function(
             torch.ops.fxmpq.integer_linear.default,
-            (input_codes, found.scale, found.zero_point, codes, scale, bias),
+            (input_codes, found.scale, found.zero_point, *stored, bias),
         )
     node.replace_all_uses_with(linear)
     graph.graph.erase_node(node)
@@ -152,10 +174,10 @@ def _rewrite_embedding(
     quantizer: WeightQuantizer,
     codes_of: dict[fx.Node, tuple[fx.Node, ActivationRange]],
 ) -> None:
-    codes, scale = _stored_weight(graph, node, quantizer)
+    stored = _stored_weight(graph, node, quantizer, *_codes(graph, quantizer))
     with graph.graph.inserting_before(node):
         rows = graph.graph.call_function(
-            torch.ops.fxmpq.integer_embedding.default, (node.args[1], codes, scale)
+            torch.ops.fxmpq.integer_embedding.default, (node.args[1], *stored)
         )
     node.replace_all_uses_with(rows)
     graph.graph.erase_node(node)
