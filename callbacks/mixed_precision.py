@@ -19,7 +19,7 @@ from fxmpq.callbacks.strategies import check_strategy, share_plan
 from fxmpq.callbacks.surgery import find_submodule
 from fxmpq.errors import FxmpqError
 from fxmpq.formats import Precision
-from fxmpq.quantize import Quantized, quantize
+from fxmpq.pipeline import Quantized, quantize
 from fxmpq.solver.budget import Budget
 from fxmpq.solver.plan import Plan
 from fxmpq.targets.registry import get_target

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-from fxmpq.quantize import Quantized
+from fxmpq.pipeline import Quantized
 from fxmpq.solver.plan import Plan
 from fxmpq.steps import apply
 

@@ -12,7 +12,7 @@ from fxmpq.costs.table import CostTable
 from fxmpq.errors import FxmpqError, InfeasibleBudgetError
 from fxmpq.formats import NumberFormat, Precision
 from fxmpq.graph.trace import trace
-from fxmpq.quantize import Quantized, quantize
+from fxmpq.pipeline import Quantized, quantize
 from fxmpq.sensitivity.measure import measure
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.solver.budget import Budget

@@ -11,7 +11,7 @@ import yaml
 from rich.console import Console
 
 from fxmpq.errors import closest
-from fxmpq.quantize import Quantized, quantize
+from fxmpq.pipeline import Quantized, quantize
 from fxmpq.recipes.loading import Loaded, load
 from fxmpq.recipes.schema import Recipe, RecipeError
 from fxmpq.report.build import build_report

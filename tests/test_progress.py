@@ -42,7 +42,9 @@ def test_a_bar_can_be_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("total", [None, 3])
-def test_generators_are_consumed_one_by_one(monkeypatch: pytest.MonkeyPatch, total: int | None) -> None:
+def test_generators_are_consumed_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, total: int | None
+) -> None:
     become_terminal(monkeypatch)
     taken: list[int] = []
 
@@ -58,7 +60,8 @@ def test_generators_are_consumed_one_by_one(monkeypatch: pytest.MonkeyPatch, tot
 
 
 def test_an_error_inside_leaves_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = become_terminal(monkeypatch)
+    become_terminal(monkeypatch)
+
     def fails() -> Iterator[int]:
         yield 1
         raise ValueError("inside")

@@ -106,9 +106,7 @@ _REMEDY = "check the data's normalisation and the model's weights"
 def _owners(state: GraphState) -> dict[str, str]:
     """A layer's name per activation quantizer."""
     owners = {
-        name: group.layers[0].name
-        for group in state.groups
-        for name in group.activation_quantizers
+        name: group.layers[0].name for group in state.groups for name in group.activation_quantizers
     }
     for group in state.groups:
         for layer in group.layers:

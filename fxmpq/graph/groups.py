@@ -130,9 +130,7 @@ def _allowed(
     allowed = [
         precision
         for precision in widest
-        if all(
-            precision in found or precision.weight_only in found for found in per_layer.values()
-        )
+        if all(precision in found or precision.weight_only in found for found in per_layer.values())
     ]
     if not allowed:
         asked = ", ".join(str(precision) for precision in wanted)

@@ -40,6 +40,7 @@ class ActivationQuantizer(nn.Module):
         return x if self.active is None else self.quantize(x, self.active)
 
     def extra_repr(self) -> str:
+        """What `print` shows."""
         return f"{self.name}, active={self.active and self.active.name}"
 
 
@@ -87,6 +88,7 @@ class WeightQuantizer(nn.Module):
         return weight if self.active is None else self.quantize(weight, self.active)
 
     def extra_repr(self) -> str:
+        """What `print` shows."""
         return f"{self.name}, active={self.active and self.active.name}"
 
 
@@ -127,4 +129,5 @@ class BiasCorrection(nn.Module):
         return shift if bias is None else bias + shift
 
     def extra_repr(self) -> str:
+        """What `print` shows."""
         return f"{self.name}, active={self.active and self.active.name}"

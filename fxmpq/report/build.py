@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fxmpq.graph.batches import Batch
-from fxmpq.quantize import Quantized
+from fxmpq.pipeline import Quantized
 from fxmpq.report.compare import compare
 from fxmpq.report.environment import environment
 from fxmpq.report.layers import layer_rows

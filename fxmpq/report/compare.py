@@ -14,7 +14,7 @@ from fxmpq.formats import Precision
 from fxmpq.graph.batches import Batch, batch_size, materialize
 from fxmpq.graph.run import run_batch
 from fxmpq.graph.state import copy_graph, require, with_state
-from fxmpq.quantize import Quantized
+from fxmpq.pipeline import Quantized
 from fxmpq.report.latency import latency_ms, use_threads
 from fxmpq.report.metrics import accuracy, collect_outputs, output_sqnr_db
 from fxmpq.report.report import Entry, finite_or_none

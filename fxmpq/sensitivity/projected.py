@@ -129,9 +129,7 @@ class _ProjectionPass(fx.Interpreter):
             for probe in range(probes):
                 self._rows = torch.zeros(self._samples, self._width)
                 signs = torch.randint(0, 2, flat.shape, generator=generator).float() * 2 - 1
-                torch.autograd.backward(
-                    flat, signs.to(flat), retain_graph=probe + 1 < probes
-                )
+                torch.autograd.backward(flat, signs.to(flat), retain_graph=probe + 1 < probes)
                 rows.append(self._rows)
         return torch.cat(rows), signal
 
@@ -149,7 +147,7 @@ class _ProjectionPass(fx.Interpreter):
             if result.requires_grad or not self._read_by_layers(n):
                 x = result.detach()
                 result = result.view_as(result) if result.requires_grad else x.clone()
-                result.requires_grad_().register_hook(self._quantizer_hook(n, x))
+                _on_gradient(result.requires_grad_(), self._quantizer_hook(n, x))
         elif n.name in self._layers:
             assert isinstance(result, Tensor)
             result = result if result.requires_grad else result.detach().requires_grad_()
@@ -277,7 +275,8 @@ class _ProjectionPass(fx.Interpreter):
         Probes are independent between samples, so the squared sum is already an unbiased
         estimate of the sum of squares.
         """
-        return total.expand(self._samples, -1) * float(self._samples) ** -0.5
+        spread: Tensor = total.expand(self._samples, -1) / self._samples**0.5
+        return spread
 
 
 def _rows_by_sample(

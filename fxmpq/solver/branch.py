@@ -20,7 +20,7 @@ _CBC_MODULE = cbc
 SOLVERS: Mapping[str, str] = {"cbc": mip.CBC, "highs": mip.HIGHS}
 
 _TOLERANCE = 1e-9
-# Prices this sharp rule out as much as the sharpest.
+# Prices this sharp, in values of order 1, rule out as much as the sharpest.
 _SHARP = 1e-6
 _STEEP = 1e6
 # A solver looks for improvements of about 1e-5 at least: 1e-9 of an objective scaled so.
@@ -137,7 +137,8 @@ def sharp_prices(relaxation: Relaxation, *, solver: str, seconds: float) -> Floa
     priced = [model.add_var(ub=max(_STEEP, 4 * float(price))) for price in prices]
     # CBC prints the log of a linear program whatever it is told, but that of an integer one not.
     model.add_var(var_type=mip.BINARY)
-    while allowed - reached > _SHARP * abs(reached) and time.monotonic() < deadline:
+    # Not relative to the bound, which may be 0 while the planes allow a rounding error more.
+    while allowed - reached > _SHARP and time.monotonic() < deadline:
         chosen = relaxation.cheapest(prices)
         slopes = relaxation.costs[:, chosen].sum(axis=1) - 1
         level = float(relaxation.values[chosen].sum())

@@ -73,9 +73,7 @@ def store_tensor(graph: fx.GraphModule, name: str, tensor: Tensor, before: fx.No
 
 def _holds(graph: fx.GraphModule, name: str, tensor: Tensor) -> bool:
     found = getattr(graph, name, None)
-    return (
-        isinstance(found, Tensor) and found.dtype is tensor.dtype and torch.equal(found, tensor)
-    )
+    return isinstance(found, Tensor) and found.dtype is tensor.dtype and torch.equal(found, tensor)
 
 
 def _bake_bias(graph: fx.GraphModule, node: fx.Node, correction: BiasCorrection) -> None:

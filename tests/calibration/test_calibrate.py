@@ -123,9 +123,7 @@ def test_every_candidate_is_calibrated(
     assert torch.equal(run_batch(graph, images[0])[0], run_batch(conv_graph, images[0])[0])
 
 
-def test_the_prepared_graph_is_left_alone(
-    conv_graph: fx.GraphModule, images: list[Tensor]
-) -> None:
+def test_the_prepared_graph_is_left_alone(conv_graph: fx.GraphModule, images: list[Tensor]) -> None:
     prepared = insert_quantizers(conv_graph, REFERENCE.rules)
     before = set(prepared.state_dict())
     calibrate(prepared, images, progress=False)
@@ -208,9 +206,7 @@ def test_bad_data_names_the_layer(conv_graph: fx.GraphModule, images: list[Tenso
         calibrate(prepared, [images[0] * float("nan")], progress=False)
 
 
-def test_an_unprepared_graph_is_an_error(
-    conv_graph: fx.GraphModule, images: list[Tensor]
-) -> None:
+def test_an_unprepared_graph_is_an_error(conv_graph: fx.GraphModule, images: list[Tensor]) -> None:
     with pytest.raises(FxmpqError, match="fxmpq.prepare"):
         calibrate(conv_graph, images)
 
@@ -227,13 +223,14 @@ def test_a_table_tied_to_the_head_is_calibrated_once() -> None:
             return self.head(self.table(ids))
 
     ids = torch.arange(8).reshape(2, 4)
-    prepared = insert_quantizers(
-        trace(Tied(), ids), REFERENCE.rules, candidates=[Precision(8, 8)]
-    )
+    prepared = insert_quantizers(trace(Tied(), ids), REFERENCE.rules, candidates=[Precision(8, 8)])
     graph = calibrate(prepared, [ids], progress=False)
     (group,) = require(graph, stage="calibrated").groups
     quantizer = graph.get_submodule(str(group.layers[0].weight_quantizer))
     assert isinstance(quantizer, WeightQuantizer)
     assert quantizer.scale(NumberFormat(8)).shape == (9,)
-    exact, found = run_batch(graph, ids)[0], run_batch(with_choices(graph, {"table": "w8a8"}), ids)[0]
+    exact, found = (
+        run_batch(graph, ids)[0],
+        run_batch(with_choices(graph, {"table": "w8a8"}), ids)[0],
+    )
     assert 0 < float((found - exact).abs().max()) < 0.1

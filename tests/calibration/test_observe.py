@@ -98,9 +98,7 @@ def with_nan_in(graph: fx.GraphModule, weight: str) -> fx.GraphModule:
 def test_a_bad_activation_names_what_made_it_and_who_reads_it(
     prepared: fx.GraphModule, images: list[Tensor]
 ) -> None:
-    with pytest.raises(
-        CalibrationError, match=r"the output of 'relu', which layer 'conv2' reads"
-    ):
+    with pytest.raises(CalibrationError, match=r"the output of 'relu', which layer 'conv2' reads"):
         Observations(with_nan_in(prepared, "conv1.weight")).observe(images)
 
 
@@ -108,7 +106,8 @@ def test_a_bad_output_names_where_it_came_from(
     prepared: fx.GraphModule, images: list[Tensor]
 ) -> None:
     with pytest.raises(
-        CalibrationError, match=r"the model's output holds NaN .* batch 1, first in its stored tensor 'fc.bias'"
+        CalibrationError,
+        match=r"the model's output holds NaN .* batch 1, first in its stored tensor 'fc.bias'",
     ):
         Observations(with_nan_in(prepared, "fc.bias")).observe(images)
 

@@ -76,9 +76,7 @@ def test_keyword_arguments_come_in_any_order(
         assert flat[1] is batch["attention_mask"]
 
 
-def test_free_sizes_take_any_batch(
-    conv_graph: fx.GraphModule, bert_graph: fx.GraphModule
-) -> None:
+def test_free_sizes_take_any_batch(conv_graph: fx.GraphModule, bert_graph: fx.GraphModule) -> None:
     for samples in (1, 2, 9):
         assert len(flat_inputs(conv_graph, torch.ones(samples, 3, 16, 16))) == 1
     for shape in ((1, 3), (7, 12)):
@@ -98,9 +96,7 @@ def test_free_sizes_take_any_batch(
         ({"x": torch.ones(2, 3, 16, 16)}, "has an argument 'x'"),
     ],
 )
-def test_images_that_do_not_fit(
-    conv_graph: fx.GraphModule, batch: object, message: str
-) -> None:
+def test_images_that_do_not_fit(conv_graph: fx.GraphModule, batch: object, message: str) -> None:
     with pytest.raises(BatchError, match=message):
         flat_inputs(conv_graph, batch)
 
@@ -129,9 +125,7 @@ def test_images_that_do_not_fit(
         ((tokens(2, 8), tokens(2, 8)), "lacks input_ids, attention_mask"),
     ],
 )
-def test_tokens_that_do_not_fit(
-    bert_graph: fx.GraphModule, batch: object, message: str
-) -> None:
+def test_tokens_that_do_not_fit(bert_graph: fx.GraphModule, batch: object, message: str) -> None:
     with pytest.raises(BatchError, match=message):
         flat_inputs(bert_graph, batch)
 
@@ -150,9 +144,7 @@ class Scaled(nn.Module):
         ({"mask": torch.ones(2, 3)}, "'mask' must be None.* found a tensor"),
     ],
 )
-def test_constants_that_the_graph_does_not_hold(
-    change: dict[str, object], message: str
-) -> None:
+def test_constants_that_the_graph_does_not_hold(change: dict[str, object], message: str) -> None:
     call = {"x": torch.ones(2, 3), "factor": 2.0, "mask": None}
     graph = trace(Scaled(), call)
     assert len(flat_inputs(graph, call)) == 3

@@ -132,9 +132,7 @@ def test_candidates_that_a_group_cannot_run_are_an_error(bert_graph: fx.GraphMod
 
 
 def test_a_kind_that_the_target_lacks_stays_float(bert_graph: fx.GraphModule) -> None:
-    rules = TargetRules(
-        "chip", {"linear": OperatorRule(frozenset({8}), frozenset({8}))}, (W8A8,)
-    )
+    rules = TargetRules("chip", {"linear": OperatorRule(frozenset({8}), frozenset({8}))}, (W8A8,))
     groups = groups_of(bert_graph, [W8A8], rules=rules)
     assert groups["bert.embeddings.word_embeddings"].candidates == (Precision(),)
     assert groups["classifier"].candidates == (W8A8,)

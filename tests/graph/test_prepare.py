@@ -119,9 +119,7 @@ class Tied(nn.Module):
 
 
 def test_tied_weights_have_one_quantizer() -> None:
-    prepared = insert_quantizers(
-        trace(Tied(), torch.ones(2, 3, dtype=torch.long)), REFERENCE.rules
-    )
+    prepared = insert_quantizers(trace(Tied(), torch.ones(2, 3, dtype=torch.long)), REFERENCE.rules)
     (group,) = require(prepared, stage="prepared").groups
     table, head = group.layers
     assert table.weight_quantizer == head.weight_quantizer

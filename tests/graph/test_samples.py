@@ -11,7 +11,6 @@ from torch import Tensor, fx, nn
 from fxmpq.graph.samples import SampleStrides, samples_first, sum_per_sample
 from fxmpq.graph.trace import trace
 
-
 _LAYER = re.compile(r"(linear|conv\dd)(_\d+)?")
 
 

@@ -48,9 +48,7 @@ def test_more_bits_are_closer_to_float(graph: fx.GraphModule, images: list[Tenso
     assert noise[0] > 3 * noise[1] > 9 * noise[2] > 0
 
 
-def test_a_group_is_switched_on_and_off_again(
-    graph: fx.GraphModule, images: list[Tensor]
-) -> None:
+def test_a_group_is_switched_on_and_off_again(graph: fx.GraphModule, images: list[Tensor]) -> None:
     copied = copy_graph(graph)
     exact = logits(copied, images[0])
     for group in require(copied, stage="calibrated").groups:

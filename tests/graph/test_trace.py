@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from collections import namedtuple
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import lightning
 import pytest
@@ -96,7 +96,9 @@ def test_tuples_are_positional_arguments() -> None:
     assert len(run_batch(graph, call)) == 3
 
 
-Answer = namedtuple("Answer", ["logits", "features"])
+class Answer(NamedTuple):
+    logits: Tensor
+    features: Tensor
 
 
 def test_named_tuples_come_back() -> None:
@@ -238,9 +240,7 @@ def test_a_batch_of_an_unknown_kind_is_an_error(conv_net: nn.Module, batch: obje
 
 
 @pytest.mark.parametrize("batch", [torch.ones(2, 5, 16, 16), {"pixels": torch.ones(2, 3, 16, 16)}])
-def test_a_batch_that_the_model_cannot_run_is_an_error(
-    conv_net: nn.Module, batch: object
-) -> None:
+def test_a_batch_that_the_model_cannot_run_is_an_error(conv_net: nn.Module, batch: object) -> None:
     with pytest.raises(BatchError, match="ConvNet cannot run this batch"):
         trace(conv_net, batch)
 

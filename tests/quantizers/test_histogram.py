@@ -142,7 +142,9 @@ def test_counts_equal_numpys_histogram_on_the_same_edges() -> None:
     for batch in values.split(700):
         histogram.update(batch)
     width = bin_width(histogram)
-    edges = np.append(histogram.centres.numpy() - width / 2, float(histogram.centres[-1]) + width / 2)
+    edges = np.append(
+        histogram.centres.numpy() - width / 2, float(histogram.centres[-1]) + width / 2
+    )
     expected, _ = np.histogram(values.double().numpy(), bins=edges)
     # float32 places may fall to the other side of an edge, a few in ten thousand.
     assert np.abs(np.cumsum(expected) - np.cumsum(histogram.counts.numpy())).max() <= 2

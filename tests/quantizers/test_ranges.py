@@ -59,7 +59,9 @@ def test_the_range_is_no_worse_than_min_max(shape: str, bits: int) -> None:
 def test_the_range_is_near_the_best_of_a_fine_grid(shape: str, bits: int) -> None:
     values = SHAPES[shape](torch.Generator().manual_seed(1))[:4000]
     number_format = NumberFormat(bits, Scheme.AFFINE)
-    found = error_of(values, mse_activation_range(histogram_of(values), number_format), number_format)
+    found = error_of(
+        values, mse_activation_range(histogram_of(values), number_format), number_format
+    )
     low, high = float(values.min()), float(values.max())
     ratios = torch.exp2(-torch.arange(0, 30) / 6).tolist()
     best = min(
@@ -70,9 +72,7 @@ def test_the_range_is_near_the_best_of_a_fine_grid(shape: str, bits: int) -> Non
     assert found <= best * 1.03
 
 
-@given(
-    st.floats(-100, 100, width=32), st.floats(-100, 100, width=32), st.sampled_from(WIDTHS)
-)
+@given(st.floats(-100, 100, width=32), st.floats(-100, 100, width=32), st.sampled_from(WIDTHS))
 def test_zero_is_on_the_grid_and_the_zero_point_in_the_format(
     one: float, other: float, bits: int
 ) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxmpq.quantize import Quantized, quantize
+from fxmpq.pipeline import Quantized, quantize
 from fxmpq.report.report import CurvePoint, Entry, LayerRow, Report
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxmpq.quantize import quantize
+from fxmpq.pipeline import quantize
 from fxmpq.report.build import build_report
 from fxmpq.report.report import Report
 

@@ -11,7 +11,7 @@ from fxmpq.costs.table import CostTable
 from fxmpq.errors import BatchError
 from fxmpq.graph.run import run_batch
 from fxmpq.graph.state import state_of
-from fxmpq.quantize import Quantized, quantize
+from fxmpq.pipeline import Quantized, quantize
 from fxmpq.report.compare import Comparison, compare, float_graph, uniform_precisions
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxmpq.quantize import Quantized, quantize
+from fxmpq.pipeline import Quantized, quantize
 from fxmpq.report.layers import layer_rows
 from fxmpq.report.report import LayerRow
 

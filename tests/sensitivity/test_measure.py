@@ -20,9 +20,7 @@ def graph(
     return calibrated(conv_graph, images)
 
 
-def test_methods_are_called_with_their_options(
-    graph: fx.GraphModule, images: list[Tensor]
-) -> None:
+def test_methods_are_called_with_their_options(graph: fx.GraphModule, images: list[Tensor]) -> None:
     found = measure(graph, iter(images), probes=2, seed=5, progress=False)
     expected = projected(graph, images, probes=2, seed=5)
     assert found.method == "projected"

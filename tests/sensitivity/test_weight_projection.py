@@ -89,9 +89,7 @@ def test_the_branch_is_chosen_by_the_kernels_share(monkeypatch: pytest.MonkeyPat
         return called
 
     monkeypatch.setattr(torch, "convolution", spy("forward", convolution))
-    monkeypatch.setattr(
-        torch.ops.aten.convolution_backward, "default", spy("backward", backward)
-    )
+    monkeypatch.setattr(torch.ops.aten.convolution_backward, "default", spy("backward", backward))
     project_conv(draw(2, 3, 16, 16), draw(2, 4, 14, 14), draw(2, 4, 3, 3, 3), (), 2)
     assert set(calls) == {"backward"}
     calls.clear()

@@ -90,7 +90,7 @@ def convert_onnxruntime(
     def run(batch: Batch) -> Sequence[Tensor]:
         return loaded(flat_inputs(graph, batch))
 
-    reports = layer_reports(graph, kernel_rule(rewritten, loaded.executed))
+    reports = layer_reports(graph, kernel_rule(loaded.executed))
     return Converted("onnxruntime", run, loaded, files, reports)
 
 
@@ -131,5 +131,5 @@ def _write(serialized: bytes, output: Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     file, temporary = output / "model.onnx", output / "model.onnx.partial"
     temporary.write_bytes(serialized)
-    os.replace(temporary, file)
+    temporary.replace(file)
     return file

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import onnx
-from torch import fx
 
 from fxmpq.formats import Precision
 from fxmpq.graph.state import Layer
 from fxmpq.targets.outcome import KernelRule
 
 
-def kernel_rule(rewritten: fx.GraphModule, executed: onnx.ModelProto) -> KernelRule:
+def kernel_rule(executed: onnx.ModelProto) -> KernelRule:
     """Make the rule that tells each layer's kernel from the optimized graph.
 
+    A layer is found by its weight scales, which every integer kernel reads.
+
     Args:
-        rewritten: The graph that was exported.
         executed: The graph the runtime optimized, which is what it executes.
 
     Returns:
@@ -26,9 +26,16 @@ def kernel_rule(rewritten: fx.GraphModule, executed: onnx.ModelProto) -> KernelR
             readers.setdefault(name, []).append(node)
 
     def rule(layer: Layer, precision: Precision) -> tuple[str, str]:
-        flat = layer.weight.replace(".", "_")
-        names = [f"scale_{flat}"]
-        found = [node.op_type for name in names for node in readers.get(name, [])]
-        return ", ".join(dict.fromkeys(found)) or "unknown", ""
+        kernels: list[str] = []
+        reason = ""
+        for node in readers.get(f"scale_{layer.weight.replace('.', '_')}", []):
+            if node.op_type == "DequantizeLinear":
+                reason = "the runtime has no integer kernel for it and dequantizes its weights"
+                kernels += [f"float {user.op_type}" for user in readers.get(node.output[0], [])]
+            else:
+                kernels.append(node.op_type)
+        if not kernels:
+            return "unknown", "the graph that the runtime executes does not show it"
+        return ", ".join(dict.fromkeys(kernels)), reason
 
     return rule

@@ -110,18 +110,19 @@ def _rewrite_conv(
     codes_of: dict[fx.Node, tuple[fx.Node, ActivationRange]],
 ) -> None:
     bias, source = _bias_of(graph, node), node.args[0]
+    input_codes = codes_of.get(source) if isinstance(source, fx.Node) else None
     codes, scale = _codes(graph, quantizer)
-    if bias is not None and source in codes_of:
-        scale = _scale_that_holds(bias, codes, scale, codes_of[source][1].scale)
+    if bias is not None and input_codes is not None:
+        scale = _scale_that_holds(bias, codes, scale, input_codes[1].scale)
         codes, scale = _codes(graph, quantizer, scale)
     dequantize = torch.ops.fxmpq.dequantize_channels.default
     stored = _stored_weight(graph, node, quantizer, codes, scale)
     with graph.graph.inserting_before(node):
         node.update_arg(1, graph.graph.call_function(dequantize, stored))
-    if bias is None or source not in codes_of:
+    if bias is None or input_codes is None:
         return
     # The integer kernel adds the bias to its accumulator, so it is stored in its units.
-    step = scale.double() * codes_of[source][1].scale
+    step = scale.double() * input_codes[1].scale
     units = torch.round(bias.double() / step).to(torch.int32)
     name = f"{quantizer.name}.{node.name}"
     stored_units = store_tensor(graph, f"bias_codes_{name}", units, node)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -135,7 +134,7 @@ def _write(
     tensor_file, manifest_file = output / "model.safetensors", output / "model.json"
     temporary = output / "model.safetensors.partial"
     save_file(tensors, temporary)
-    os.replace(temporary, tensor_file)
+    temporary.replace(tensor_file)
     manifest_file.write_text(json.dumps(manifest, indent=1, allow_nan=False))
     return (tensor_file, manifest_file)
 

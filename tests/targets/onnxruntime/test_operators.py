@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fxmpq.formats import NumberFormat, Scheme
+from fxmpq.quantizers.integer import fake_quantize_activation
+from fxmpq.targets.onnxruntime import operators
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.floats(0.001, 2), st.integers(0, 255), st.integers(0, 50))
+def test_a_round_trip_is_the_simulated_quantization(
+    scale: float, zero_point: int, seed: int
+) -> None:
+    x, scale = draw(40, seed=seed), float(torch.tensor(scale))
+    codes = operators.quantize(x, scale, zero_point)
+    assert codes.dtype is torch.uint8
+    found = operators.dequantize(codes, scale, zero_point)
+    simulated = fake_quantize_activation(x, scale, zero_point, NumberFormat(8, Scheme.AFFINE))
+    # A value half way between two codes may round to either in float32.
+    close = torch.isclose(found, simulated, rtol=1e-5, atol=1e-5)
+    assert int((~close).sum()) <= 1
+
+
+def test_channels_are_dequantized_along_the_first_dimension() -> None:
+    codes = torch.tensor([[1, -2], [3, 4]], dtype=torch.int8)
+    found = operators.dequantize_channels(codes, torch.tensor([0.5, 2.0]))
+    assert found.tolist() == [[0.5, -1.0], [6.0, 8.0]]
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 6)])
+def test_an_integer_linear_layer_is_the_dequantized_one(shape: tuple[int, ...]) -> None:
+    x = (draw(*shape) * 40 + 128).clamp(0, 255).to(torch.uint8)
+    codes = (draw(6, 5, seed=1) * 50).clamp(-128, 127).to(torch.int8)
+    scales, bias = draw(5, seed=2).abs(), draw(5, seed=3)
+    found = operators.integer_linear(x, 0.03, 120, codes, scales, bias)
+    weight = codes.T.float() * scales[:, None]
+    expected = torch.nn.functional.linear((x.float() - 120) * 0.03, weight, bias)
+    assert found.dtype is torch.float32
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_an_integer_embedding_scales_its_rows() -> None:
+    codes = torch.tensor([[1, -2], [3, 4], [0, 127]], dtype=torch.int8)
+    indices = torch.tensor([[2, 0], [0, 0]])
+    found = operators.integer_embedding(indices, codes, torch.tensor([0.5, 1.0, 2.0]))
+    assert found.tolist() == [[[0.0, 254.0], [0.5, -1.0]], [[0.5, -1.0], [0.5, -1.0]]]
+
+
+CALLS = {
+    "quantize": (draw(3, 4), 0.1, 5),
+    "dequantize": (torch.ones(3, 4, dtype=torch.uint8), 0.1, 5),
+    "dequantize_channels": (torch.ones(3, 4, dtype=torch.int8), torch.ones(3)),
+    "integer_linear": (
+        torch.ones(2, 3, 4, dtype=torch.uint8),
+        0.1,
+        5,
+        torch.ones(4, 6, dtype=torch.int8),
+        torch.ones(6),
+        torch.ones(6),
+    ),
+    "integer_embedding": (
+        torch.zeros(2, 3, dtype=torch.long),
+        torch.ones(5, 4, dtype=torch.int8),
+        torch.ones(5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_shapes_and_types_are_known_before_running(name: str) -> None:
+    operator = getattr(operators, name)
+    torch.library.opcheck(operator, CALLS[name], test_utils=("test_schema", "test_faketensor"))
+    real = operator(*CALLS[name])
+    with torch.device("meta"):
+        fake = operator(
+            *(leaf.to("meta") if isinstance(leaf, Tensor) else leaf for leaf in CALLS[name])
+        )
+    assert (fake.shape, fake.dtype) == (real.shape, real.dtype)

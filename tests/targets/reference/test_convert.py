@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor, fx, nn
+
+from fxmpq.formats import NumberFormat, Precision
+from fxmpq.graph.attributes import get_tensor
+from fxmpq.graph.run import run_batch
+from fxmpq.graph.state import require
+from fxmpq.graph.switch import with_choices
+from fxmpq.graph.trace import trace
+from fxmpq.quantizers.modules import ActivationQuantizer, WeightQuantizer
+from fxmpq.targets.convert import convert
+from fxmpq.targets.reference.convert import PackedWeight, convert_reference
+
+Made = Callable[..., fx.GraphModule]
+WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
+
+
+def mixed(graph: fx.GraphModule) -> fx.GraphModule:
+    """Gives the groups all widths in turn."""
+    groups = require(graph, stage="calibrated").groups
+    choices = {
+        group.name: str(group.candidates[index % len(group.candidates)])
+        for index, group in enumerate(groups)
+    }
+    return with_choices(graph, choices)
+
+
+def every_width() -> list[Precision]:
+    return [Precision(bits, 8) for bits in WIDTHS]
+
+
+@pytest.fixture(scope="module")
+def planned(calibrated: Made, conv_graph: fx.GraphModule, images: list[Tensor]) -> fx.GraphModule:
+    return mixed(calibrated(conv_graph, images, candidates=every_width()))
+
+
+@pytest.fixture(scope="module")
+def planned_bert(
+    calibrated: Made, bert_graph: fx.GraphModule, token_batches: list[dict[str, Tensor]]
+) -> fx.GraphModule:
+    return mixed(calibrated(bert_graph, token_batches, candidates=every_width()))
+
+
+def weights_of(graph: fx.GraphModule) -> dict[str, WeightQuantizer]:
+    modules = (module for module in graph.modules() if isinstance(module, WeightQuantizer))
+    return {module.name: module for module in modules if module.active is not None}
+
+
+def decode(entry: Mapping[str, object], tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Reads a weight from the file as its documentation says, with numpy alone."""
+    bits, shape, axis = (entry[key] for key in ("bits", "shape", "channel_axis"))
+    assert isinstance(bits, int)
+    assert isinstance(shape, list)
+    assert isinstance(axis, int)
+    stream = np.unpackbits(tensors[str(entry["codes"])], bitorder="little")
+    places = stream[: math.prod(shape) * bits].reshape(-1, bits).astype(np.int64)
+    unsigned = (places << np.arange(bits)).sum(axis=1)
+    codes = np.where(unsigned >= 1 << (bits - 1), unsigned - (1 << bits), unsigned).reshape(shape)
+    scale = tensors[str(entry["scale"])]
+    aligned = scale.reshape([-1 if dim == axis else 1 for dim in range(len(shape))])
+    return codes.astype(np.float32) * aligned
+
+
+def test_the_converted_model_computes_the_simulations_bits(
+    planned: fx.GraphModule, images: list[Tensor]
+) -> None:
+    made = convert(planned, verify=images)
+    assert made.sqnr_db == math.inf
+    for batch in (images[0], images[1][:1]):
+        assert torch.equal(made.run(batch)[0], run_batch(planned, batch)[0])
+
+
+def test_bert_with_masks_too(
+    planned_bert: fx.GraphModule, token_batches: list[dict[str, Tensor]]
+) -> None:
+    made = convert(planned_bert, verify=token_batches)
+    assert made.sqnr_db == math.inf
+    module = made.module
+    assert isinstance(module, fx.GraphModule)
+    with torch.no_grad():
+        logits = module(**token_batches[1]).logits
+    assert torch.equal(logits, made.run(token_batches[1])[0])
+
+
+@pytest.mark.parametrize("model", ["planned", "planned_bert"])
+def test_the_files_hold_the_simulated_weights(
+    model: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    graph = request.getfixturevalue(model)
+    tensor_file, manifest_file = convert(graph, output=tmp_path).files
+    tensors, manifest = load_file(tensor_file), json.loads(manifest_file.read_text())
+    expected = weights_of(graph)
+    assert set(manifest["weights"]) == set(expected)
+    assert {entry["bits"] for entry in manifest["weights"].values()} >= {2, 3, 4, 5}
+    for name, quantizer in expected.items():
+        entry = manifest["weights"][name]
+        simulated = quantizer(get_tensor(graph, name)).detach()
+        assert np.array_equal(decode(entry, tensors), simulated.numpy())
+        codes = tensors[entry["codes"]]
+        assert codes.dtype == np.uint8
+        assert codes.size == -(-simulated.numel() * entry["bits"] // 8)
+
+
+@pytest.mark.parametrize("model", ["planned", "planned_bert"])
+def test_no_float_weight_is_left(
+    model: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    graph = request.getfixturevalue(model)
+    made = convert(graph, output=tmp_path)
+    tensors = load_file(made.files[0])
+    shapes = {tuple(get_tensor(graph, name).shape) for name in weights_of(graph)}
+    assert not set(weights_of(graph)) & set(tensors)
+    for name, tensor in tensors.items():
+        assert tensor.dtype != np.float32 or tensor.shape not in shapes or tensor.ndim == 1, name
+    assert isinstance(made.module, nn.Module)
+    assert set(made.module.state_dict()) == set(tensors)
+
+
+def test_the_manifest_tells_plan_and_activations(planned: fx.GraphModule, tmp_path: Path) -> None:
+    manifest = json.loads(convert(planned, output=tmp_path).files[1].read_text())
+    state = require(planned, stage="calibrated")
+    assert manifest["schema"] == "fxmpq.reference"
+    assert manifest["version"] == 1
+    assert manifest["fingerprint"] == state.fingerprint
+    assert manifest["choices"] == state.choices
+    active = [
+        module
+        for module in planned.modules()
+        if isinstance(module, ActivationQuantizer) and module.active is not None
+    ]
+    assert len(manifest["activations"]) == len(active) == 4
+    for module in active:
+        assert module.active is not None
+        found = module.ranges[module.active.name]
+        assert manifest["activations"][module.name] == {
+            "bits": module.active.bits,
+            "scale": found.scale,
+            "zero_point": found.zero_point,
+        }
+
+
+def test_fewer_bits_make_a_smaller_file(
+    calibrated: Made,
+    uniform: Made,
+    bert_graph: fx.GraphModule,
+    token_batches: list[dict[str, Tensor]],
+    tmp_path: Path,
+) -> None:
+    graph = calibrated(bert_graph, token_batches)
+    sizes = []
+    for index in range(5):
+        made = convert(uniform(graph, index), output=tmp_path / str(index), verify=False)
+        sizes.append(made.files[0].stat().st_size)
+    assert sizes == sorted(sizes)
+    weights = sum(
+        get_tensor(graph, name).numel()
+        for name in {
+            layer.weight
+            for group in require(graph, stage="calibrated").groups
+            for layer in group.layers
+        }
+    )
+    # From 2 to 8 bits a weight grows by 6 bits.
+    assert sizes[-1] - sizes[0] == pytest.approx(weights * 6 / 8, abs=200)
+
+
+def test_files_are_replaced_whole(planned: fx.GraphModule, tmp_path: Path) -> None:
+    for _ in range(2):
+        made = convert(planned, output=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+    assert made.files == (tmp_path / "model.safetensors", tmp_path / "model.json")
+
+
+def test_the_planned_graph_is_left_alone(planned: fx.GraphModule, images: list[Tensor]) -> None:
+    before, expected = set(planned.state_dict()), run_batch(planned, images[0])[0]
+    convert_reference(planned, None)
+    assert set(planned.state_dict()) == before
+    assert torch.equal(run_batch(planned, images[0])[0], expected)
+
+
+def test_the_report_names_the_formats(planned: fx.GraphModule) -> None:
+    rows = {row.layer: row for row in convert_reference(planned, None).layers}
+    assert rows["stem.0"].asked == "w2a8"
+    assert rows["stem.0"].kernel == "float on dequantized int2 weights, uint8 input"
+    assert {row.reason for row in rows.values()} == {""}
+
+
+def test_weight_only_and_float_layers(
+    calibrated: Made, conv_graph: fx.GraphModule, images: list[Tensor], tmp_path: Path
+) -> None:
+    candidates = [Precision(4), Precision()]
+    graph = calibrated(conv_graph, images, candidates=candidates, exclude=["stem.0"])
+    groups = require(graph, stage="calibrated").groups
+    choices = {group.name: "fp32" if group.name in ("stem.0", "fc") else "w4" for group in groups}
+    made = convert(with_choices(graph, choices), output=tmp_path, verify=images)
+    assert made.sqnr_db == math.inf
+    manifest = json.loads(made.files[1].read_text())
+    assert manifest["activations"] == {}
+    assert set(manifest["weights"]) == {"conv1.weight", "conv2.weight", "downsample.0.weight"}
+    assert {"stem.0.weight", "fc.weight"} <= set(load_file(made.files[0]))
+    rows = {row.layer: row for row in made.layers}
+    assert rows["conv1"].kernel == "float on dequantized int4 weights, float input"
+    assert rows["stem.0"].reason == "kept in float by the user"
+    assert rows["fc"].reason == "the plan keeps it in float"
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 4)
+        self.head = nn.Linear(4, 9)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.table(ids).relu())
+
+
+class Alike(nn.Module):
+    """Two layers whose names differ only in where the dot is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.a_b = nn.Module(), nn.Module()
+        self.a.b_c, self.a_b.c = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a_b.c(self.a.b_c(x).relu())
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "packed"),
+    [(Tied, torch.arange(8).reshape(2, 4), 1), (Alike, torch.randn(6, 4), 2)],
+)
+def test_names_that_meet(
+    calibrated: Made,
+    uniform: Made,
+    tmp_path: Path,
+    model: type[nn.Module],
+    batch: Tensor,
+    packed: int,
+) -> None:
+    graph = uniform(calibrated(trace(model(), batch), [batch]))
+    made = convert(graph, output=tmp_path, verify=[batch])
+    assert made.sqnr_db == math.inf
+    assert isinstance(made.module, nn.Module)
+    assert sum(isinstance(module, PackedWeight) for module in made.module.modules()) == packed
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_packed_weight_unpacks_to_what_was_packed(bits: int) -> None:
+    number_format = NumberFormat(bits)
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(
+        number_format.qmin, number_format.qmax + 1, (3, 5, 2), generator=generator
+    )
+    scale = torch.rand(5, generator=generator)
+    weight = PackedWeight(codes, scale, number_format, axis=1)
+    assert torch.equal(weight(), codes.float() * scale.reshape(1, 5, 1))
+    assert set(weight.state_dict()) == {"packed", "scale"}

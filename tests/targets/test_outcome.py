@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, fx
+
+from fxmpq.formats import Precision
+from fxmpq.graph.state import Layer, require
+from fxmpq.graph.switch import with_choices
+from fxmpq.targets.outcome import layer_precision, layer_reports
+
+Made = Callable[..., fx.GraphModule]
+
+
+def kernel(layer: Layer, precision: Precision) -> tuple[str, str]:
+    return f"{layer.kind} kernel {precision}", "slow" if layer.name == "fc" else ""
+
+
+def test_every_layer_has_a_row_in_graph_order(
+    calibrated: Made, uniform: Made, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> None:
+    planned = uniform(calibrated(conv_graph, images, exclude=["conv2"]))
+    rows = [tuple(vars(row).values()) for row in layer_reports(planned, kernel)]
+    assert rows == [
+        ("stem.0", "w2a8", "conv kernel w2a8", ""),
+        ("conv1", "w2a8", "conv kernel w2a8", ""),
+        ("downsample.0", "w2a8", "conv kernel w2a8", ""),
+        ("conv2", "fp32", "float", "kept in float by the user"),
+        ("fc", "w2a8", "linear kernel w2a8", "slow"),
+    ]
+
+
+def test_float_chosen_by_the_plan_says_so(
+    calibrated: Made, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> None:
+    graph = calibrated(conv_graph, images, candidates=[Precision(8, 8), Precision()])
+    choices = {group.name: "w8a8" for group in require(graph, stage="calibrated").groups}
+    rows = layer_reports(with_choices(graph, {**choices, "fc": "fp32"}), kernel)
+    assert (rows[-1].asked, rows[-1].kernel) == ("fp32", "float")
+    assert rows[-1].reason == "the plan keeps it in float"
+
+
+def test_products_that_stay_float_come_last(
+    calibrated: Made,
+    uniform: Made,
+    bert_graph: fx.GraphModule,
+    token_batches: list[dict[str, Tensor]],
+) -> None:
+    rows = layer_reports(uniform(calibrated(bert_graph, token_batches)), kernel)
+    assert [row.kernel for row in rows[-2:]] == ["float", "float"]
+    assert all("fused attention" in row.reason for row in rows[-2:])
+    assert len(rows) == 17 + 2
+    assert len({row.layer for row in rows}) == len(rows)
+
+
+def test_an_embedding_takes_the_weight_half() -> None:
+    table = Layer("table", "embedding", "embedding", "table.weight", 0, (9, 4), 0)
+    head = Layer("head", "linear", "linear", "table.weight", 36, (9, 4), 0)
+    assert layer_precision(table, Precision(4, 8)) == Precision(4)
+    assert layer_precision(head, Precision(4, 8)) == Precision(4, 8)

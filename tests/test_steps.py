@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from fxmpq.errors import FxmpqError, PatternError, PlanError, PrecisionError, TargetError
+from fxmpq.graph.state import state_of
+from fxmpq.solver.plan import Plan
+from fxmpq.steps import apply, prepare
+
+Planned = Callable[..., fx.GraphModule]
+
+
+def test_prepare_reads_names(conv_graph: fx.GraphModule, images: list[Tensor]) -> None:
+    prepared = prepare(
+        conv_graph,
+        "reference",
+        candidates=["w4a8", "w8a8"],
+        keep={"fc": "w8a8"},
+        exclude=["stem*"],
+    )
+    found = {g.name: [str(c) for c in g.candidates] for g in state_of(prepared).groups}
+    assert found == {
+        "stem.0": ["fp32"],
+        "conv1": ["w4a8", "w8a8"],
+        "conv2": ["w4a8", "w8a8"],
+        "fc": ["w8a8"],
+    }
+    assert torch.equal(prepared(images[0]), conv_graph(images[0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"target": "onnxruntme"}, TargetError, "'onnxruntime'"),
+        ({"candidates": ["w9a8"]}, PrecisionError, "9-bit"),
+        ({"candidates": ["int8"]}, PrecisionError, "'w4a8'"),
+        ({"target": "onnxruntime", "candidates": ["w3a8"]}, PrecisionError, r"\[2, 4, 8\]"),
+        ({"keep": {"fcc": "w8a8"}}, PatternError, "'fc'"),
+        ({"exclude": ["head*"]}, PatternError, "no layer matches 'head"),
+    ],
+)
+def test_prepare_refuses_what_cannot_be_served(
+    conv_graph: fx.GraphModule, options: dict, error: type[FxmpqError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        prepare(conv_graph, **{"target": "reference", **options})
+
+
+def test_apply_sets_every_group(
+    conv_graph: fx.GraphModule, images: list[Tensor], calibrated: Planned
+) -> None:
+    graph = calibrated(conv_graph, images)
+    state = state_of(graph)
+    choices = {group.name: "w8a8" for group in state.groups}
+    bare = apply(graph, choices)
+    planned = apply(graph, Plan(choices, fingerprint=state.fingerprint))
+    assert torch.equal(bare(images[0]), planned(images[0]))
+    assert state_of(planned).choices == choices
+    assert not torch.equal(planned(images[0]), graph(images[0]))
+
+
+def test_apply_refuses_another_models_plan(
+    conv_graph: fx.GraphModule, images: list[Tensor], calibrated: Planned
+) -> None:
+    graph = calibrated(conv_graph, images)
+    choices = {group.name: "w8a8" for group in state_of(graph).groups}
+    with pytest.raises(PlanError, match="fingerprint"):
+        apply(graph, Plan(choices, fingerprint="other"))
+    with pytest.raises(PlanError, match="'conv1'"):
+        apply(graph, {**choices, "conv": "w8a8"})
+    with pytest.raises(FxmpqError, match="fxmpq.calibrate"):
+        apply(prepare(conv_graph, "reference"), choices)
