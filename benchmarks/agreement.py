@@ -25,6 +25,11 @@ from fxmpq.recipes.models.resnet20 import pretrained
 Result = TypeVar("Result")
 
 BUDGETS = ("weights=9%", "weights=12.5%", "weights=15%")
+METHODS: dict[str, tuple[str, dict[str, int]]] = {
+    "projected": ("projected", {}),
+    "projected, probes=4": ("projected", {"probes": 4}),
+    "sqnr": ("sqnr", {}),
+}
 CANDIDATES = ["w2a8", "w3a8", "w4a8", "w6a8", "w8a8"]
 
 Labelled = Sequence[tuple[object, Tensor]]
@@ -56,6 +61,12 @@ def cpu_seconds(work: Callable[[], Result]) -> tuple[float, Result]:
     return time.process_time() - start, result
 
 
+def tau(found: fxmpq.Sensitivity, exact: fxmpq.Sensitivity) -> float:
+    """Kendall's tau over all (group, precision)."""
+    ours = [found.value(*entry) for entry in exact.entries]
+    return float(kendalltau(ours, [exact.value(*entry) for entry in exact.entries]).statistic)
+
+
 def compare(
     name: str, model: nn.Module, calibration: Sequence[object], labelled: Labelled, table: Table
 ) -> None:
@@ -74,26 +85,22 @@ def compare(
     passes, _ = cpu_seconds(float_pass)
     found: dict[str, fxmpq.Sensitivity] = {}
     cost_of: dict[str, float] = {}
-    for method in ("projected", "sqnr"):
-        measure = partial(fxmpq.measure, calibrated, calibration, method=method)
-        seconds, found[method] = cpu_seconds(measure)
-        cost_of[method] = seconds / passes
-    pairs = [
-        [sensitivity.value(*entry) for entry in sensitivity.entries]
-        for sensitivity in found.values()
-    ]
-    tau = kendalltau(*pairs).statistic
+    for label, (method, options) in METHODS.items():
+        measure = partial(fxmpq.measure, calibrated, calibration, method=method, **options)
+        seconds, found[label] = cpu_seconds(measure)
+        cost_of[label] = seconds / passes
+    exact = found["sqnr"]
     signal, accuracy = logits(model, labelled)
     table.add_row(name, "float", "", "", "", f"{accuracy:.2f}")
     for budget in BUDGETS:
-        for method, sensitivity in found.items():
+        for label, sensitivity in found.items():
             plan = fxmpq.solve(sensitivity, costs, budget)
             planned, plan_accuracy = logits(fxmpq.apply(calibrated, plan), labelled)
             table.add_row(
                 name,
                 budget,
-                f"{method} ({cost_of[method]:.1f} passes)",
-                f"{tau:.3f}" if method == "projected" else "",
+                f"{label} ({cost_of[label]:.1f} passes)",
+                f"{tau(sensitivity, exact):.3f}",
                 f"{sqnr(signal, planned):.2f}",
                 f"{plan_accuracy:.2f}",
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -51,7 +52,7 @@ def trace(model: nn.Module, batch: Batch) -> fx.GraphModule:
         ['aten.conv2d.default', 'aten.relu.default']
     """
     args, kwargs = call_arguments(batch)
-    args, kwargs = _example((args, kwargs))
+    args, kwargs = _example((args, kwargs), _device_of(model))
     with torch.inference_mode(False), torch.no_grad(), quiet_torch(), _evaluating(model):
         program, dynamic = export_program(model, args, kwargs)
         exported = program.module(check_guards=False)
@@ -60,6 +61,7 @@ def trace(model: nn.Module, batch: Batch) -> fx.GraphModule:
             canonical_pass(graph)
         check_canonical(graph)
         leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves = [leaf.cpu() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         state = GraphState(spec, tuple(leaves), dynamic, "")
         with_state(graph, state)
         record_shapes(graph)
@@ -93,8 +95,14 @@ def fingerprint(graph: fx.GraphModule) -> str:
     return digest.hexdigest()
 
 
+def _device_of(model: nn.Module) -> torch.device:
+    """Where a model computes: the device of its first tensor, the CPU if it has none."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
 def _example(
-    call: tuple[tuple[object, ...], dict[str, object]],
+    call: tuple[tuple[object, ...], dict[str, object]], device: torch.device
 ) -> tuple[tuple[object, ...], dict[str, object]]:
     """Cut a call to two samples; repeat a single one, since exporting 1 fixes the size to 1."""
     leaves, spec = pytree.tree_flatten(call)
@@ -104,7 +112,7 @@ def _example(
         if not isinstance(leaf, Tensor):
             return leaf
         with torch.inference_mode(False):
-            copied = leaf.detach().clone()
+            copied = leaf.detach().clone().to(device)
         if copied.dim() == 0 or copied.shape[0] != samples:
             return copied
         if samples == 1:

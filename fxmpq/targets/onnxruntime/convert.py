@@ -12,8 +12,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import Dim
+from torch.fx.node import Argument
 from torch.utils import _pytree as pytree
 
 from fxmpq.graph.batches import Batch, fixed_size, flat_inputs
@@ -73,9 +74,6 @@ def convert_onnxruntime(
 
     Returns:
         The converted model; its `module` is an `OnnxModel`.
-
-    Raises:
-        TargetError: If a convolution cannot be expressed.
     """
     rewritten = to_integer_operators(graph, rules)
     model = _export(rewritten)
@@ -102,16 +100,36 @@ def _export(graph: fx.GraphModule) -> ir.Model:
     free = [_free_dimensions(node) for node in placeholders]
     shapes = pytree.tree_unflatten(free, state.call_spec)
     dynamic_shapes = (*shapes[0], *shapes[1].values())
-    on_cpu = graph.to("cpu")
+    _move_to_cpu(graph)
     with quiet_torch(), torch.no_grad():
         program = torch.export.export(
-            on_cpu, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
+            graph, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
         )
         exported = torch.onnx.export(
             program, dynamo=True, opset_version=_OPSET, custom_translation_table=dict(TRANSLATIONS)
         )
     assert exported is not None
     return exported.model
+
+
+def _move_to_cpu(graph: fx.GraphModule) -> None:
+    """Move a rewritten graph's tensors and constants to the CPU, in place.
+
+    `Module.to` would also move the tensors it shares with the planned graph.
+    """
+    for module in graph.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name, nn.Parameter(parameter.detach().cpu(), False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, buffer.cpu())
+
+    def on_cpu(argument: Argument) -> Argument:
+        return torch.device("cpu") if isinstance(argument, torch.device) else argument
+
+    for node in graph.graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, on_cpu)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, on_cpu)
+    graph.recompile()
 
 
 def _drop_notes(model: ir.Model) -> None:

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from fxmpq.formats import Precision
+from fxmpq.graph.run import run_batch
+from fxmpq.graph.state import copy_graph, require
+from fxmpq.graph.switch import with_choices
+from fxmpq.graph.trace import trace
+from fxmpq.targets.convert import convert
+from fxmpq.targets.onnxruntime.convert import OnnxModel, _move_to_cpu
+from fxmpq.targets.target import Converted
+
+Made = Callable[..., fx.GraphModule]
+
+
+def mixed(graph: fx.GraphModule) -> fx.GraphModule:
+    """Gives the groups their candidates in turn."""
+    groups = require(graph, stage="calibrated").groups
+    choices = {
+        group.name: str(group.candidates[index % len(group.candidates)])
+        for index, group in enumerate(groups)
+    }
+    return with_choices(graph, choices)
+
+
+@pytest.fixture(scope="module")
+def planned(calibrated: Made, conv_graph: fx.GraphModule, images: list[Tensor]) -> fx.GraphModule:
+    return mixed(calibrated(conv_graph, images, "onnxruntime"))
+
+
+@pytest.fixture(scope="module")
+def made(
+    planned: fx.GraphModule, images: list[Tensor], tmp_path_factory: pytest.TempPathFactory
+) -> Converted:
+    return convert(planned, output=tmp_path_factory.mktemp("onnx"), verify=images)
+
+
+@pytest.fixture(scope="module")
+def planned_bert(
+    calibrated: Made, bert_graph: fx.GraphModule, token_batches: list[dict[str, Tensor]]
+) -> fx.GraphModule:
+    return mixed(calibrated(bert_graph, token_batches, "onnxruntime"))
+
+
+@pytest.fixture(scope="module")
+def made_bert(
+    planned_bert: fx.GraphModule,
+    token_batches: list[dict[str, Tensor]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Converted:
+    return convert(planned_bert, output=tmp_path_factory.mktemp("bert"), verify=token_batches)
+
+
+def executed(made: Converted) -> list[str]:
+    assert isinstance(made.module, OnnxModel)
+    return [node.op_type for node in made.module.executed.graph.node]
+
+
+def test_the_file_is_valid_and_stands_alone(made: Converted, images: list[Tensor]) -> None:
+    (file,) = made.files
+    model = onnx.load(file)
+    onnx.checker.check_model(model, full_check=True)
+    assert not any(node.metadata_props for node in model.graph.node)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (entry,) = session.get_inputs()
+    for batch in (images[0], images[1][:1]):
+        (found,) = session.run(None, {entry.name: batch.numpy()})
+        np.testing.assert_array_equal(found, made.run(batch)[0].numpy())
+
+
+def test_the_runtime_agrees_with_the_simulation(made: Converted) -> None:
+    assert made.sqnr_db > 35
+
+
+def test_any_batch_size_runs(made: Converted, planned: fx.GraphModule) -> None:
+    for samples in (1, 3, 17):
+        batch = torch.randn(samples, 3, 16, 16, generator=torch.Generator().manual_seed(samples))
+        (found,), (expected,) = made.run(batch), run_batch(planned, batch)
+        assert isinstance(expected, Tensor)
+        assert found.shape == expected.shape
+        noise = (found - expected).square().sum() / expected.square().sum()
+        assert float(noise) < 10**-3
+
+
+def test_the_residual_network_stays_in_integers(made: Converted) -> None:
+    operators = executed(made)
+    assert operators.count("QLinearConv") == 4
+    assert operators.count("QLinearAdd") == 1
+    assert operators.count("MatMulIntegerToFloat") == 1
+    assert "Conv" not in operators
+    # One quantization of the input, and one of the pooled features, which are a float mean.
+    assert operators.count("QuantizeLinear") == 2
+    assert operators.count("DequantizeLinear") == 1
+
+
+def test_every_layer_is_reported(made: Converted) -> None:
+    assert [(row.layer, row.asked, row.kernel, row.reason) for row in made.layers] == [
+        ("stem.0", "w2a8", "QLinearConv", ""),
+        ("conv1", "w4a8", "QLinearConv", ""),
+        ("downsample.0", "w4a8", "QLinearConv", ""),
+        ("conv2", "w8a8", "QLinearConv", ""),
+        ("fc", "w2a8", "MatMulIntegerToFloat", ""),
+    ]
+
+
+def test_bert_runs_on_integer_kernels_with_masks_and_lengths(
+    made_bert: Converted, planned_bert: fx.GraphModule
+) -> None:
+    assert made_bert.sqnr_db > 35
+    operators = executed(made_bert)
+    assert operators.count("MatMulIntegerToFloat") == 2 * 6 + 2
+    for shape in ((1, 5), (6, 12)):
+        ids = torch.randint(1, 40, shape, generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(ids)
+        mask[0, 2:] = 0
+        batch = {"attention_mask": mask, "input_ids": ids}
+        (found,), (expected,) = made_bert.run(batch), run_batch(planned_bert, batch)
+        assert isinstance(expected, Tensor)
+        noise = (found - expected).square().sum() / expected.square().sum()
+        assert float(noise) < 10**-3
+        unmasked = made_bert.run({**batch, "attention_mask": torch.ones_like(ids)})[0]
+        assert not torch.allclose(unmasked[0], found[0], atol=1e-3)
+
+
+def test_tables_are_looked_up_in_codes(made_bert: Converted) -> None:
+    rows = {row.layer: row for row in made_bert.layers}
+    table = rows["bert.embeddings.word_embeddings"]
+    assert (table.asked, table.kernel, table.reason) == ("w2", "Gather", "")
+    floats = [row for row in made_bert.layers if row.kernel == "float"]
+    assert len(floats) == 2
+    assert all("fused attention" in row.reason for row in floats)
+
+
+@pytest.fixture(scope="module")
+def wide() -> tuple[fx.GraphModule, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(4, 200)
+    return trace(nn.Sequential(nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 4)), x), x
+
+
+def test_fewer_bits_make_a_smaller_file(
+    calibrated: Made, uniform: Made, wide: tuple[fx.GraphModule, Tensor], tmp_path: Path
+) -> None:
+    graph, x = wide
+    ready = calibrated(graph, [x], "onnxruntime")
+    sizes = [
+        convert(uniform(ready, index), output=tmp_path / str(index)).files[0].stat().st_size
+        for index in range(3)
+    ]
+    weights = 200 * 200 + 200 * 4
+    assert sizes[2] - sizes[1] == pytest.approx(weights * 4 / 8, abs=1500)
+    assert sizes[1] - sizes[0] == pytest.approx(weights * 2 / 8, abs=1500)
+    assert sizes[0] < weights * 4 / 8
+
+
+class Options(nn.Module):
+    """Takes a tensor it does not need and options, returns several kinds of output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(
+        self, x: Tensor, unused: Tensor, scale: float = 1.0, flag: bool = False
+    ) -> dict[str, Tensor]:
+        y = self.fc(x) * scale
+        return {"y": y, "label": y.argmax(-1), "x": x}
+
+
+def test_options_unused_inputs_and_integer_outputs(calibrated: Made, uniform: Made) -> None:
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(6, 4), "unused": torch.zeros(6, 2), "scale": 2.0, "flag": True}
+    graph = uniform(calibrated(trace(Options(), batch), [batch], "onnxruntime"), 2)
+    made = convert(graph, verify=[batch])
+    y, label, x = made.run(batch)
+    assert torch.allclose(y, run_batch(graph, batch)[0], atol=1e-4)
+    assert torch.equal(label, y.argmax(-1))
+    assert torch.equal(x, batch["x"])
+
+
+class Branches(nn.Module):
+    """What runtimes meet between convolutions: concatenation, gates, a float layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding="same", groups=8)
+        self.gate = nn.Conv2d(8, 8, 1)
+        self.upsample = nn.ConvTranspose2d(8, 4, 2, stride=2)
+        self.last = nn.Conv2d(4, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.left(x).relu(), self.right(x)], 1)
+        x = nn.functional.relu6(self.depthwise(x))
+        x = x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))
+        return self.last(self.upsample(x)).mean((2, 3))
+
+
+def test_branches_gates_and_a_layer_the_user_keeps(calibrated: Made, uniform: Made) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8)
+    graph = calibrated(trace(Branches().eval(), x), [x], "onnxruntime", exclude=["gate"])
+    made = convert(uniform(graph, 2))
+    assert made.sqnr_db > 35
+    rows = {row.layer: row for row in made.layers}
+    for name in ("left", "right", "depthwise", "last"):
+        assert rows[name].kernel == "QLinearConv"
+    assert rows["gate"].reason == "kept in float by the user"
+    assert "transposed convolution" in rows["upsample.conv_transpose2d"].reason
+    assert "QLinearConcat" in executed(made)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_convolutions_of_other_ranks(calibrated: Made, uniform: Made, rank: int) -> None:
+    torch.manual_seed(0)
+    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
+    x = torch.randn(4, 2, *[6] * rank)
+    model = nn.Sequential(convolution(2, 4, 3), nn.ReLU(), convolution(4, 3, 2))
+    made = convert(uniform(calibrated(trace(model, x), [x], "onnxruntime"), 2))
+    assert made.sqnr_db > 35
+    assert executed(made).count("QLinearConv") == 2
+
+
+def test_weight_only_candidates_are_refused_before_conversion(
+    calibrated: Made, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> None:
+    with pytest.raises(ValueError, match="no candidate among w4 runs on layer 'stem.0'"):
+        calibrated(conv_graph, images, "onnxruntime", candidates=[Precision(4)])
+
+
+def test_a_float_plan_runs_in_float(
+    calibrated: Made, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> None:
+    graph = calibrated(conv_graph, images, "onnxruntime", exclude=["*"])
+    choices = {group.name: "fp32" for group in require(graph, stage="calibrated").groups}
+    made = convert(with_choices(graph, choices), verify=images)
+    assert made.sqnr_db > 100
+    assert not any("Quantize" in name or "QLinear" in name for name in executed(made))
+
+
+def test_the_planned_graph_is_left_alone(
+    made: Converted, planned: fx.GraphModule, images: list[Tensor]
+) -> None:
+    names = set(planned.state_dict())
+    assert not any(name.startswith(("codes_", "bias_codes", "quantizers.codes")) for name in names)
+    assert {node.op for node in planned.graph.nodes} >= {"call_module", "get_attr"}
+    assert len(made.run(images[0])) == 1
+
+
+def test_moving_to_the_cpu_moves_no_shared_tensor(planned: fx.GraphModule) -> None:
+    shared = copy_graph(planned)
+    with shared.graph.inserting_before(shared.graph.output_node()):
+        constant = shared.graph.call_function(
+            torch.ops.aten.zeros.default, ([2],), {"device": torch.device("meta")}
+        )
+    mine = dict(planned.named_parameters())
+    _move_to_cpu(shared)
+    assert constant.kwargs["device"] == torch.device("cpu")
+    moved = dict(shared.named_parameters())
+    assert mine
+    for name, parameter in mine.items():
+        assert moved[name] is not parameter
+        assert torch.equal(moved[name], parameter)
+        assert dict(planned.named_parameters())[name] is parameter

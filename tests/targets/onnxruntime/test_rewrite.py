@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from fxmpq.graph.attributes import get_tensor
+from fxmpq.graph.run import run_batch
+from fxmpq.graph.trace import trace
+from fxmpq.targets.onnxruntime import ONNXRUNTIME
+from fxmpq.targets.onnxruntime.rewrite import to_integer_operators
+from fxmpq.targets.target import agreement_db
+
+Made = Callable[..., fx.GraphModule]
+
+
+def rewritten(graph: fx.GraphModule) -> fx.GraphModule:
+    return to_integer_operators(graph, ONNXRUNTIME.rules)
+
+
+def operators(graph: fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in graph.graph.nodes if "fxmpq" in str(node.target)]
+
+
+def agreement(graph: fx.GraphModule, batch: object) -> float:
+    expected, found = run_batch(graph, batch), run_batch(rewritten(graph), batch)
+    return agreement_db(
+        [leaf for leaf in expected if isinstance(leaf, Tensor)],
+        [leaf for leaf in found if isinstance(leaf, Tensor)],
+    )
+
+
+@pytest.fixture(scope="module")
+def planned(
+    calibrated: Made, uniform: Made, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> fx.GraphModule:
+    return uniform(calibrated(conv_graph, images, "onnxruntime"), 1)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_integer_operators_compute_what_the_simulation_does(
+    calibrated: Made,
+    uniform: Made,
+    conv_graph: fx.GraphModule,
+    images: list[Tensor],
+    bert_graph: fx.GraphModule,
+    token_batches: list[dict[str, Tensor]],
+    index: int,
+) -> None:
+    convs = uniform(calibrated(conv_graph, images, "onnxruntime"), index)
+    bert = uniform(calibrated(bert_graph, token_batches, "onnxruntime"), index)
+    assert agreement(convs, images[1]) > 35
+    assert agreement(bert, token_batches[1]) > 60
+
+
+def test_no_module_is_left_and_codes_are_integers(planned: fx.GraphModule) -> None:
+    graph = rewritten(planned)
+    assert not any(node.op == "call_module" for node in graph.graph.nodes)
+    tensors = graph.state_dict()
+    codes = {name: tensor for name, tensor in tensors.items() if name.startswith("codes_4bit_")}
+    assert len(codes) == 5
+    for tensor in codes.values():
+        assert tensor.dtype is torch.int8
+        assert -8 <= int(tensor.min()) <= int(tensor.max()) <= 7
+    biases = [tensor for name, tensor in tensors.items() if name.startswith("bias_codes_")]
+    assert [tensor.dtype for tensor in biases] == [torch.int32] * 4
+    # What is left in float are scales and the linear layer's bias.
+    floats = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+    assert all(name.startswith(("scale_", "bias_")) for name in floats)
+
+
+def test_quantizations_are_repeated_behind_pooling(planned: fx.GraphModule) -> None:
+    graph = rewritten(planned)
+    (pool,) = [n for n in graph.graph.nodes if n.target is torch.ops.aten.max_pool2d.default]
+    before, (after,) = pool.args[0], pool.users
+    assert "dequantize" in str(before.target)
+    assert "quantize" in str(after.target)
+    assert after.args[1:] == before.args[1:]
+
+
+def test_the_planned_graph_is_left_alone(planned: fx.GraphModule, images: list[Tensor]) -> None:
+    before, names = run_batch(planned, images[0])[0], set(planned.state_dict())
+    rewritten(planned)
+    assert torch.equal(run_batch(planned, images[0])[0], before)
+    assert set(planned.state_dict()) == names
+
+
+def test_excluded_layers_stay_as_they_are(
+    calibrated: Made, uniform: Made, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> None:
+    graph = rewritten(uniform(calibrated(conv_graph, images, "onnxruntime", exclude=["fc"])))
+    assert "fxmpq.integer_linear.default" not in operators(graph)
+    assert torch.equal(get_tensor(graph, "fc.weight"), get_tensor(conv_graph, "fc.weight"))
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-44, 1e-38, 1e-20, 1e-6])
+def test_nearly_dead_channels_keep_their_bias(
+    calibrated: Made, uniform: Made, magnitude: float
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    with torch.no_grad():
+        model[0].weight[1] *= magnitude
+        model[0].bias[1] = 0.537
+    x = torch.randn(4, 3, 8, 8)
+    graph = uniform(calibrated(trace(model, x), [x], "onnxruntime"), 2)
+    assert agreement(graph, x) > 45
+    codes = get_tensor(rewritten(graph), "bias_codes_0_weight_conv2d")
+    assert int(codes.abs().max()) <= 2**30 + 64
+
+
+class ComputedBias(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3))
+        self.kernel, self.offset = nn.Parameter(torch.randn(2, 1, 3)), nn.Parameter(torch.randn(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.linear(x, self.weight, self.bias * 2)
+        return functional.conv1d(x.unsqueeze(1), self.kernel, self.offset * 3, padding=1)
+
+
+class SharedLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.conv = nn.Conv1d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(self.fc(x).relu() * 5).unsqueeze(1)
+        return self.conv(self.conv(x) * 3)
+
+
+class TiedTable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.table(ids))
+
+
+@pytest.mark.parametrize(
+    ("model", "batch"),
+    [
+        (ComputedBias, torch.randn(6, 4)),
+        (SharedLayer, torch.randn(6, 4)),
+        (TiedTable, torch.arange(8).reshape(2, 4)),
+    ],
+)
+def test_unusual_layers(
+    calibrated: Made, uniform: Made, model: type[nn.Module], batch: Tensor
+) -> None:
+    torch.manual_seed(0)
+    graph = uniform(calibrated(trace(model(), batch), [batch], "onnxruntime"), 2)
+    assert agreement(graph, batch) > 40

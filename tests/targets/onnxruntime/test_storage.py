@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from fxmpq.formats import NumberFormat
+from fxmpq.targets.onnxruntime.storage import narrow_codes
+
+
+def drawn(bits: int, shape: tuple[int, ...]) -> NDArray[np.int8]:
+    number_format = NumberFormat(bits)
+    generator = np.random.default_rng(bits)
+    return generator.integers(number_format.qmin, number_format.qmax + 1, shape).astype(np.int8)
+
+
+def model_of(**codes: NDArray[np.int8]) -> onnx.ModelProto:
+    """Adds up the sums of its code tensors, each cast to float."""
+    initializers = [numpy_helper.from_array(value, name) for name, value in codes.items()]
+    nodes = []
+    for name in codes:
+        nodes.append(helper.make_node("Cast", [name], [f"{name}_float"], to=TensorProto.FLOAT))
+        nodes.append(helper.make_node("ReduceSum", [f"{name}_float"], [f"{name}_sum"], keepdims=0))
+    nodes.append(helper.make_node("Sum", ["x", *(f"{name}_sum" for name in codes)], ["y"]))
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "graph", value[:1], value[1:], initializers)
+    opsets = [helper.make_opsetid("", 21)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def narrowed(model: onnx.ModelProto) -> onnx.ModelProto:
+    found = ir.from_proto(model)
+    narrow_codes(found)
+    proto = ir.to_proto(found)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def run(model: onnx.ModelProto) -> float:
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return float(session.run(None, {"x": np.array(1.0, np.float32)})[0])
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind", "opset", "version"),
+    [(2, TensorProto.INT2, 25, 13), (4, TensorProto.INT4, 21, 10), (8, TensorProto.INT8, 21, 10)],
+)
+def test_codes_are_stored_in_their_width(bits: int, kind: int, opset: int, version: int) -> None:
+    codes = drawn(bits, (13, 7))
+    model = narrowed(model_of(**{f"codes_{bits}bit_weight": codes}))
+    (stored,) = model.graph.initializer
+    assert stored.data_type == kind
+    assert len(stored.raw_data) == -(-codes.size * bits // 8)
+    assert np.array_equal(numpy_helper.to_array(stored).astype(np.int8), codes)
+    assert model.opset_import[0].version == opset
+    assert model.ir_version == version
+    assert run(model) == 1 + codes.astype(int).sum()
+
+
+def test_several_widths_and_readers_share_a_file() -> None:
+    codes = {f"codes_{bits}bit_weight": drawn(bits, (5, 6)) for bits in (2, 4, 8)}
+    other = {"scale_of_something": drawn(4, (3,))}
+    model = narrowed(model_of(**codes, **other))
+    kinds = {entry.name: entry.data_type for entry in model.graph.initializer}
+    assert kinds == {
+        "codes_2bit_weight": TensorProto.INT2,
+        "codes_4bit_weight": TensorProto.INT4,
+        "codes_8bit_weight": TensorProto.INT8,
+        "scale_of_something": TensorProto.INT8,
+    }
+    assert model.opset_import[0].version == 25
+    total = sum(int(value.astype(int).sum()) for value in (codes | other).values())
+    assert run(model) == 1 + total
+
+
+def test_the_runtime_widens_the_codes_when_it_loads_the_file() -> None:
+    model = narrowed(model_of(codes_4bit_weight=drawn(4, (5, 6))))
+    assert [node.op_type for node in model.graph.node][0] == "Cast"
+    assert [node.op_type for node in model.graph.node].count("Cast") == 2
+
+
+def test_a_newer_file_stays_newer() -> None:
+    model = ir.from_proto(model_of(codes_8bit_weight=drawn(8, (2,))))
+    model.graph.opset_imports[""] = 24
+    model.ir_version = 12
+    narrow_codes(model)
+    assert (model.graph.opset_imports[""], model.ir_version) == (24, 12)

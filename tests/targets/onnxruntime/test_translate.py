@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxmpq.targets.onnxruntime import operators
+from fxmpq.targets.onnxruntime.translate import TRANSLATIONS
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Quantizes(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        codes = torch.ops.fxmpq.quantize(x, 0.03, 100)
+        return codes, torch.ops.fxmpq.dequantize(codes, 0.03, 100)
+
+
+class Weights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", (draw(6, 4, seed=1) * 40).to(torch.int8))
+        self.register_buffer("scale", draw(6, seed=2).abs() + 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.ops.fxmpq.dequantize_channels(self.codes, self.scale)
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", (draw(6, 4, seed=1) * 40).to(torch.int8))
+        self.register_buffer("scale", draw(4, seed=2).abs() + 0.1)
+        self.register_buffer("bias", draw(4, seed=3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = torch.ops.fxmpq.quantize(x, 0.03, 100)
+        return torch.ops.fxmpq.integer_linear(
+            codes, 0.03, 100, self.codes, self.scale, self.bias
+        )
+
+
+class Embedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", (draw(9, 4, seed=1) * 40).to(torch.int8))
+        self.register_buffer("scale", draw(9, seed=2).abs() + 0.1)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return torch.ops.fxmpq.integer_embedding(indices, self.codes, self.scale)
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "expected"),
+    [
+        (Quantizes, draw(3, 6), {"QuantizeLinear", "DequantizeLinear"}),
+        (Weights, draw(3, 6), {"DequantizeLinear", "MatMul"}),
+        (Linear, draw(3, 6), {"QuantizeLinear", "MatMulIntegerToFloat"}),
+        (Linear, draw(2, 5, 6), {"QuantizeLinear", "MatMulIntegerToFloat"}),
+        (Embedding, torch.arange(9).reshape(3, 3), {"Gather", "Cast", "Mul"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_translations_compute_what_the_operators_do(
+    model: type[nn.Module], example: Tensor, expected: set[str]
+) -> None:
+    made = model()
+    program = torch.export.export(made, (example,), strict=False)
+    exported = torch.onnx.export(
+        program, dynamo=True, opset_version=21, custom_translation_table=dict(TRANSLATIONS)
+    )
+    assert exported is not None
+    proto = ir.to_proto(exported.model)
+    onnx.checker.check_model(proto)
+    assert {node.op_type for node in proto.graph.node} >= expected
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    found = session.run(None, {session.get_inputs()[0].name: example.numpy()})
+    wanted = made(example)
+    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_every_operator_is_translated() -> None:
+    public = {
+        getattr(operators, name)._opoverload
+        for name in ("quantize", "dequantize", "dequantize_channels")
+        + ("integer_linear", "integer_embedding")
+    }
+    assert set(TRANSLATIONS) == public
