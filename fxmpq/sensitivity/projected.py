@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,20 +15,12 @@ from fxmpq.graph.operators import OPERATORS, argument
 from fxmpq.graph.run import flatten_outputs
 from fxmpq.graph.samples import SampleStrides, samples_first, sum_per_sample
 from fxmpq.graph.state import Group, Layer, require
-from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
+from fxmpq.quantizers.modules import ActivationQuantizer
+from fxmpq.sensitivity.changes import WeightChanges, weight_changes
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.sensitivity.weight_projection import WEIGHT_PROJECTIONS
 
 _Hook = Callable[[Tensor], None]
-
-
-@dataclass(frozen=True)
-class _Changes:
-    """What a layer's weight and bias become, per weight format: changes against float."""
-
-    bits: tuple[int, ...]
-    weights: Tensor
-    shifts: Tensor | None
 
 
 def projected(
@@ -188,7 +179,7 @@ class _ProjectionPass(fx.Interpreter):
         rest = () if operator.bias is None else node.args[operator.bias + 1 :]
 
         def hook(gradient: Tensor) -> None:
-            changes = self._changes(layer)
+            changes = weight_changes(self._graph, layer)
             columns = self._rows[:, self._columns[group.name]]
             for activation in dict.fromkeys(c.activation_bits for c in group.candidates):
                 seen = self._quantized_input(layer, x, activation)
@@ -207,7 +198,7 @@ class _ProjectionPass(fx.Interpreter):
         layer: Layer,
         x: Tensor,
         gradient: Tensor,
-        changes: _Changes,
+        changes: WeightChanges,
         arguments: Sequence[object],
         strides: tuple[int | None, int | None],
     ) -> Tensor:
@@ -246,22 +237,6 @@ class _ProjectionPass(fx.Interpreter):
         assert isinstance(quantizer, ActivationQuantizer)
         formats = [f for f in quantizer.formats if f.bits == activation]
         return quantizer.quantize(x, formats[0]) if formats else x
-
-    def _changes(self, layer: Layer) -> _Changes:
-        assert layer.weight_quantizer is not None
-        quantizer = self._graph.get_submodule(layer.weight_quantizer)
-        assert isinstance(quantizer, WeightQuantizer)
-        weight = get_tensor(self._graph, layer.weight).detach()
-        with torch.no_grad():
-            changes = [quantizer.quantize(weight, f) - weight for f in quantizer.formats]
-        shifts = None
-        if layer.bias_correction is not None:
-            correction = self._graph.get_submodule(layer.bias_correction)
-            assert isinstance(correction, BiasCorrection)
-            found = [correction.shift(f) for f in quantizer.formats]
-            kept = [shift for shift in found if shift is not None]
-            shifts = torch.stack(kept) if len(kept) == len(found) and kept else None
-        return _Changes(tuple(f.bits for f in quantizer.formats), torch.stack(changes), shifts)
 
     def _per_sample(self, products: Tensor, stride: int | None) -> Tensor:
         """Sum products over everything but samples; a tensor shared by the batch is split."""

@@ -131,6 +131,7 @@ def sharp_prices(relaxation: Relaxation, *, solver: str, seconds: float) -> Floa
     deadline = time.monotonic() + seconds
     best = prices = relaxation.single_price()
     reached, allowed = relaxation.bound(prices)[0], np.inf
+    seen: set[tuple[int, ...]] = set()
     model = _model(solver)
     model.sense = mip.MAXIMIZE
     height = model.add_var(obj=1.0, lb=-_STEEP, ub=_STEEP)
@@ -140,6 +141,10 @@ def sharp_prices(relaxation: Relaxation, *, solver: str, seconds: float) -> Floa
     # Not relative to the bound, which may be 0 while the planes allow a rounding error more.
     while allowed - reached > _SHARP and time.monotonic() < deadline:
         chosen = relaxation.cheapest(prices)
+        if tuple(chosen) in seen:
+            # The plane is there already: the rest is the solver's tolerance at steep prices.
+            break
+        seen.add(tuple(chosen))
         slopes = relaxation.costs[:, chosen].sum(axis=1) - 1
         level = float(relaxation.values[chosen].sum())
         coefficients = [1.0, *(-slopes).tolist()]

@@ -41,9 +41,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         codes = torch.ops.fxmpq.quantize(x, 0.03, 100)
-        return torch.ops.fxmpq.integer_linear(
-            codes, 0.03, 100, self.codes, self.scale, self.bias
-        )
+        return torch.ops.fxmpq.integer_linear(codes, 0.03, 100, self.codes, self.scale, self.bias)
 
 
 class Embedding(nn.Module):
@@ -90,9 +88,11 @@ def test_translations_compute_what_the_operators_do(
 
 
 def test_every_operator_is_translated() -> None:
-    public = {
-        getattr(operators, name)._opoverload
-        for name in ("quantize", "dequantize", "dequantize_channels")
-        + ("integer_linear", "integer_embedding")
-    }
-    assert set(TRANSLATIONS) == public
+    names = (
+        "quantize",
+        "dequantize",
+        "dequantize_channels",
+        "integer_linear",
+        "integer_embedding",
+    )
+    assert set(TRANSLATIONS) == {getattr(operators, name)._opoverload for name in names}
