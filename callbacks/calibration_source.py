@@ -27,7 +27,7 @@ class CalibrationSource:
         BatchError: If `batches` is a single tensor or mapping.
         CalibrationError: If `count` is less than one.
 
-    Example:
+    Examples:
         >>> CalibrationSource([[1], [2], [3]], count=2).take(None)
         [[1], [2]]
     """

@@ -42,7 +42,7 @@ def undisturbed(module: LightningModule) -> Iterator[None]:
     Args:
         module: The LightningModule.
 
-    Example:
+    Examples:
         >>> class Module(LightningModule): ...
         >>> module = Module()
         >>> with torch.inference_mode(), undisturbed(module):

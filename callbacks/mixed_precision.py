@@ -71,7 +71,7 @@ class MixedPrecisionCallback(Callback):
         MisconfigurationException: In `setup`, if the strategy, the module or the data
             source does not allow it.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> callback = MixedPrecisionCallback("reference", "weights=15%", calibration_batches=4)
         >>> trainer = Trainer(callbacks=[callback], accelerator="cpu", logger=False)

@@ -19,7 +19,7 @@ def check_options(method: str, options: Mapping[str, object]) -> None:
     Raises:
         FxmpqError: With the legal names.
 
-    Example:
+    Examples:
         >>> check_options("projected", {"probes": 4, "bias_correction": False})
     """
     check_method(method)

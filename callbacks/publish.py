@@ -21,7 +21,7 @@ def plan_metrics(plan: Plan) -> dict[str, float]:
         `fxmpq/<metric>`, `fxmpq/<metric>_relative`, `fxmpq/predicted_loss` and
         `fxmpq/predicted_sqnr_db`; without values that are unknown or infinite.
 
-    Example:
+    Examples:
         >>> plan_metrics(Plan({"conv": "w4a8"}, costs={"weights": 120}, relative={"weights": 0.13}))
         {'fxmpq/weights': 120.0, 'fxmpq/weights_relative': 0.13}
     """

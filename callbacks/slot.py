@@ -20,7 +20,7 @@ class NetworkSlot:
         float_network: What the graph replaced; `None` before.
         graph: What replaced it; `None` before.
 
-    Example:
+    Examples:
         >>> module = LightningModule()
         >>> module.model = nn.ReLU()
         >>> slot = NetworkSlot("model")

@@ -32,7 +32,7 @@ def check_strategy(strategy: Strategy, stage: str) -> None:
         MisconfigurationException: If a process holds only a part of the weights, or if
             training runs in processes that end with it.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch.strategies import DDPStrategy
         >>> check_strategy(DDPStrategy(), "fit")
     """

@@ -23,7 +23,7 @@ def find_submodule(root: nn.Module, path: str) -> nn.Module:
         MisconfigurationException: If there is none, with the module's children; or if it is
             quantized already.
 
-    Example:
+    Examples:
         >>> find_submodule(nn.ModuleDict({"model": nn.ReLU()}), "model")
         ReLU()
     """
@@ -62,7 +62,7 @@ def replace_submodule(root: nn.Module, path: str, replacement: nn.Module) -> Non
         path: Attribute path of an existing sub-module.
         replacement: What takes its place.
 
-    Example:
+    Examples:
         >>> root = nn.ModuleDict({"model": nn.ReLU()})
         >>> replace_submodule(root, "model", nn.Identity())
         >>> root["model"]

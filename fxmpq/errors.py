@@ -64,7 +64,7 @@ def closest(name: str, known: Iterable[str], limit: int = 5) -> str:
     Returns:
         The closest matches first; when nothing is close, the first `limit` legal values.
 
-    Example:
+    Examples:
         >>> closest("stem.cnv", ["stem.conv", "head.linear"])
         "'stem.conv'"
     """

@@ -37,7 +37,7 @@ class NumberFormat:
     Raises:
         PrecisionError: If there is no such width.
 
-    Example:
+    Examples:
         >>> NumberFormat(4).qmin, NumberFormat(4).qmax
         (-8, 7)
         >>> NumberFormat(8, Scheme.AFFINE).name
@@ -85,7 +85,7 @@ class Precision:
     Raises:
         PrecisionError: If a width does not exist, or only the activation has one.
 
-    Example:
+    Examples:
         >>> Precision.parse("w4a8")
         Precision(weight_bits=4, activation_bits=8)
         >>> str(Precision.parse("w4")), str(Precision())

@@ -97,7 +97,7 @@ def quantize(
     Raises:
         FxmpqError: A subclass for each unusable request, before long work starts.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
         >>> batches = [torch.randn(4, 3, 8, 8) for _ in range(4)]

@@ -26,7 +26,7 @@ def track(
     Yields:
         The items, unchanged.
 
-    Example:
+    Examples:
         >>> list(track([1, 2], "counting", shown=False))
         [1, 2]
     """

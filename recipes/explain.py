@@ -22,7 +22,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         Lines with the path of the key as users write it; for an unknown key the closest legal
         ones.
 
-    Example:
+    Examples:
         >>> class Point(BaseModel, extra="forbid"):
         ...     width: int
         >>> try:

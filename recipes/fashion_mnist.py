@@ -133,7 +133,7 @@ def normalise(images: Bytes) -> Tensor:
         float32 `[n, 1, h, w]`. The two constants are the mean and the standard deviation of the
         training images.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from fxmpq.recipes.fashion_mnist import normalise
         >>> normalise(np.full((2, 28, 28), 255, dtype=np.uint8))[0, 0, 0, 0]
@@ -160,7 +160,7 @@ def hold_out(
     Raises:
         DataMissingError: A class has fewer than `per_class` images.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from fxmpq.recipes.fashion_mnist import hold_out
         >>> kept, held = hold_out(np.arange(60, dtype=np.uint8) % 10, per_class=2)
@@ -189,7 +189,7 @@ def embedded_subset() -> Subset:
         The images normalised, with their labels. `recipes/assets/DATA_CARD.md` says where they
         are from.
 
-    Example:
+    Examples:
         >>> from fxmpq.recipes.fashion_mnist import embedded_subset
         >>> embedded_subset().calibration_images.shape
         torch.Size([1024, 1, 28, 28])

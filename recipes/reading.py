@@ -26,7 +26,7 @@ def open_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: If it is not found, is no YAML, or has unknown keys or wrong values.
 
-    Example:
+    Examples:
         >>> open_recipe("resnet.yaml", ["data.batch_size=32"]).data.batch_size
         32
     """
@@ -53,7 +53,7 @@ def apply_override(content: object, override: str) -> object:
     Raises:
         RecipeError: If it is not of this form, or a key on the way holds no section.
 
-    Example:
+    Examples:
         >>> apply_override({"data": {"batch_size": 64}}, "data.batch_size=32")
         {'data': {'batch_size': 32}}
     """

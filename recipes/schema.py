@@ -231,7 +231,7 @@ def read_recipe(content: object) -> Recipe:
     Raises:
         RecipeError: Listing every unknown key, with the closest ones, and every wrong value.
 
-    Example:
+    Examples:
         >>> recipe = read_recipe(
         ...     {
         ...         "model": {"source": "embedded"},

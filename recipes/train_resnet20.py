@@ -66,7 +66,7 @@ def augment(images: Tensor, padding: int) -> Tensor:
     Returns:
         Float `[n, c, h, w]`; the random numbers are those of torch's global generator.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from fxmpq.recipes.train_resnet20 import augment
         >>> augment(torch.rand(4, 1, 28, 28), padding=2).shape

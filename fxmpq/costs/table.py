@@ -34,7 +34,7 @@ class CostTable:
         FxmpqError: If tables disagree, are empty, a total is for no metric, or a cost is
             negative or not finite.
 
-    Example:
+    Examples:
         >>> table = CostTable({"weights": {"conv1": {"w4a8": 50, "w8a8": 100}}})
         >>> table.smallest("weights"), table.total("weights", {"conv1": "w8a8"})
         (50, 100)

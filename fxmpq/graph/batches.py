@@ -26,7 +26,7 @@ def call_arguments(batch: Batch) -> tuple[tuple[object, ...], dict[str, object]]
     Raises:
         BatchError: If it is none of the three.
 
-    Example:
+    Examples:
         >>> call_arguments({"input_ids": 1})
         ((), {'input_ids': 1})
     """

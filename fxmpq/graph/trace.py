@@ -45,7 +45,7 @@ def trace(model: nn.Module, batch: Batch) -> fx.GraphModule:
         TraceError: If the model does not export, with what `torch.export` reports.
         BatchError: If the batch is not one of the three, or the model cannot run it.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
         >>> graph = trace(model, torch.randn(2, 3, 8, 8))
         >>> [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]

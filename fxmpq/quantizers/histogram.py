@@ -21,7 +21,7 @@ class StreamingHistogram:
     4096 counts and 0 is always an edge. Minimum and maximum are exact; counts come from at
     most 2^18 values a batch, spaced evenly over every dimension.
 
-    Example:
+    Examples:
         >>> histogram = StreamingHistogram()
         >>> histogram.update(torch.tensor([0.0, 1.0]))
         >>> histogram.update(torch.tensor([-3.0, 8.0]))

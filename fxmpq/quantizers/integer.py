@@ -38,7 +38,7 @@ def weight_codes(weight: Tensor, scale: Tensor, number_format: NumberFormat, axi
     Returns:
         Codes, `int8` up to 8 bits and `int16` above, with the shape of `weight`.
 
-    Example:
+    Examples:
         >>> weight_codes(torch.tensor([[0.1, -0.2]]), torch.tensor([0.1]), NumberFormat(2), 0)
         tensor([[ 1, -2]], dtype=torch.int8)
     """
@@ -78,7 +78,7 @@ def fake_quantize_activation(
     Returns:
         A tensor like `x`.
 
-    Example:
+    Examples:
         >>> from fxmpq.formats import Scheme
         >>> uint2 = NumberFormat(2, Scheme.AFFINE)
         >>> fake_quantize_activation(torch.tensor([-1.0, 0.4, 0.6, 9.0]), 0.5, 1, uint2)

@@ -12,7 +12,7 @@ class MeanInput:
     A layer is linear, so the mean of its outputs is its output on the mean input; keeping
     the map (and not one number per channel) makes this exact at padded borders too.
 
-    Example:
+    Examples:
         >>> mean = MeanInput()
         >>> mean.update(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
         >>> [(total.tolist(), count) for total, count in mean.totals()]

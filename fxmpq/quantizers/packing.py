@@ -19,7 +19,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     Returns:
         `uint8`, shape `[ceil(codes.numel() * bits / 8)]`.
 
-    Example:
+    Examples:
         >>> pack_codes(torch.tensor([1, -1], dtype=torch.int8), 4).tolist()
         [241]
     """
@@ -42,7 +42,7 @@ def unpack_codes(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     Returns:
         Codes, `int8` up to 8 bits and `int16` above.
 
-    Example:
+    Examples:
         >>> unpack_codes(torch.tensor([241], dtype=torch.uint8), 4, (2,)).tolist()
         [1, -1]
     """

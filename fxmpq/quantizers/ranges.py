@@ -44,7 +44,7 @@ def mse_activation_range(
     Returns:
         The best range found; a tensor of zeros gets scale 1.
 
-    Example:
+    Examples:
         >>> from fxmpq.formats import Scheme
         >>> histogram = StreamingHistogram()
         >>> histogram.update(torch.linspace(0, 1, 1001))

@@ -33,7 +33,7 @@ def mse_weight_scales(weight: Tensor, formats: Sequence[NumberFormat], axis: int
         For each format a `float32` tensor of shape `[weight.shape[axis]]`; a channel of
         zeros has scale 1.
 
-    Example:
+    Examples:
         >>> mse_weight_scales(torch.tensor([[-8.0, 3.0, 7.0]]), [NumberFormat(4)], 0)[0].round()
         tensor([1.])
     """

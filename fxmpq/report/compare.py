@@ -113,7 +113,7 @@ def uniform_precisions(costs: CostTable) -> tuple[str, ...]:
     Float is left out, and so is a weight-only precision that is only the half of another, as
     an embedding's `w4` is of `w4a8`.
 
-    Example:
+    Examples:
         >>> costs = CostTable({"weights": {"a": {"w4": 5, "w8": 9}, "b": {"w4a8": 5, "w8a8": 9}}})
         >>> uniform_precisions(costs)
         ('w8a8', 'w4a8')

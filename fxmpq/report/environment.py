@@ -20,7 +20,7 @@ def environment() -> dict[str, str]:
         `python`, `system`, `cpu` (model name), `cores` (those this process may use),
         `threads` (torch's), and the version of each package involved that is installed.
 
-    Example:
+    Examples:
         >>> sorted(environment())[:3]
         ['cores', 'cpu', 'fxmpq']
     """

@@ -65,7 +65,7 @@ def use_threads(count: int | None) -> Iterator[None]:
     Args:
         count: Threads inside an operator; `None` leaves it as it is.
 
-    Example:
+    Examples:
         >>> with use_threads(1):
         ...     torch.get_num_threads()
         1

@@ -46,7 +46,7 @@ def accuracy(outputs: Sequence[Sequence[Tensor]], labels: Tensor) -> float:
         BatchError: If there are no logits, or another number of labels than of samples, or a
             label beyond the model's classes.
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [5.0, 4.0]])
         >>> round(accuracy([[logits]], torch.tensor([0, 1, 1])), 4)
         0.6667
@@ -85,7 +85,7 @@ def output_sqnr_db(
     Raises:
         BatchError: If the two were not made from the same batches.
 
-    Example:
+    Examples:
         >>> round(output_sqnr_db([[torch.tensor([10.0])]], [[torch.tensor([11.0])]]), 6)
         20.0
     """

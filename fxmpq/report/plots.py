@@ -256,7 +256,7 @@ def _draw_bits(axes: Axes, rows: Sequence[LayerRow], widest: int) -> None:
 def bit_colour(bits: int) -> str:
     """A colour per weight width, from light (few bits) to dark (many).
 
-    Example:
+    Examples:
         >>> bit_colour(2) != bit_colour(8) == bit_colour(16)
         True
     """

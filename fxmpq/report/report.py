@@ -105,7 +105,7 @@ class Report:
         environment: Machine and versions.
         files: Bytes of the written files by name.
 
-    Example:
+    Examples:
         >>> entry = Entry(0.9, 30.0, weight_bytes=1000, bops=64, latency_ms=1.0)
         >>> report = Report("demo", entries={"float": entry})
         >>> Report.from_json(report.to_json()) == report

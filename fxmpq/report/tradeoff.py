@@ -29,7 +29,7 @@ def trade_off(
         Distinct plans by growing weight size, with their predicted output SQNR; a plan that
         is predicted to lose nothing is left out.
 
-    Example:
+    Examples:
         >>> sensitivity = Sensitivity({"a": {"w4a8": 0.1, "w8a8": 0.001}})
         >>> costs = CostTable({"weights": {"a": {"w4a8": 50, "w8a8": 100}}})
         >>> [point.weight_bytes for point in trade_off(sensitivity, costs)]

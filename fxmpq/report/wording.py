@@ -10,7 +10,7 @@ _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 def counted(value: float, unit: str = "") -> str:
     """A count with three digits and a decimal prefix.
 
-    Example:
+    Examples:
         >>> counted(162168, "B"), counted(1548673024), counted(12)
         ('162 kB', '1.55 G', '12')
     """
@@ -25,7 +25,7 @@ def counted(value: float, unit: str = "") -> str:
 def decibels(value: float | None) -> str:
     """An SQNR; `None` stands for no difference at all.
 
-    Example:
+    Examples:
         >>> decibels(23.456), decibels(None)
         ('23.5 dB', 'exact')
     """
@@ -35,7 +35,7 @@ def decibels(value: float | None) -> str:
 def percent(share: float, digits: int = 1) -> str:
     """A share as a percentage.
 
-    Example:
+    Examples:
         >>> percent(0.1498)
         '15.0 %'
     """
@@ -45,7 +45,7 @@ def percent(share: float, digits: int = 1) -> str:
 def points(difference: float) -> str:
     """A difference of two shares in percentage points, signed.
 
-    Example:
+    Examples:
         >>> points(-0.0025)
         '-0.25'
     """
@@ -55,7 +55,7 @@ def points(difference: float) -> str:
 def seconds(times: Mapping[str, float]) -> str:
     """Times per step on one line, with their sum.
 
-    Example:
+    Examples:
         >>> seconds({"trace": 1.0, "solve": 0.25})
         'trace 1.0 s, solve 0.2 s: 1.2 s in all'
     """
@@ -66,7 +66,7 @@ def seconds(times: Mapping[str, float]) -> str:
 def shortened(name: str, length: int = 32) -> str:
     """A layer's name with the first parts of its path cut to a letter where it is long.
 
-    Example:
+    Examples:
         >>> shortened("bert.encoder.layer.10.attention.output.dense")
         'b.e.l.10.attention.output.dense'
     """

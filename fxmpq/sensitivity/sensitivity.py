@@ -36,7 +36,7 @@ class Sensitivity:
     Raises:
         FxmpqError: If there are no values, a value is not finite, or shapes differ.
 
-    Example:
+    Examples:
         >>> sensitivity = Sensitivity({"conv1": {"w8a8": 1e-4, "w4a8": 1e-2}})
         >>> round(sensitivity.sqnr_db("conv1", "w4a8"), 6)
         20.0

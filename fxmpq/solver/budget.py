@@ -77,7 +77,7 @@ class Budget:
         minimize: A cost to minimise instead of the loss.
         loss: The greatest loss allowed when a cost is minimised.
 
-    Example:
+    Examples:
         >>> budget = Budget.parse("weights=15%,bops=35G")
         >>> [(limit.metric, limit.amount, limit.relative) for limit in budget.limits]
         [('weights', 0.15, True), ('bops', 35000000000.0, False)]

@@ -23,7 +23,7 @@ def exact(number: Number) -> Fraction:
     Returns:
         The same number as a fraction.
 
-    Example:
+    Examples:
         >>> exact(0.1) + exact(0.2) == exact(0.3)
         True
     """
@@ -43,7 +43,7 @@ def allowance(limit: Number, *, whole: bool = True) -> Fraction:
         whole: Whether all numbers of the sum are integers; with an integer limit, nothing is
             rounded then.
 
-    Example:
+    Examples:
         >>> allowance(7) == 7, allowance(0.29 * 100) > 29
         (True, True)
     """
@@ -56,7 +56,7 @@ def allowance(limit: Number, *, whole: bool = True) -> Fraction:
 def within(total: Number, limit: Number) -> bool:
     """Whether a total keeps a limit, given the limit's own rounding.
 
-    Example:
+    Examples:
         >>> within(29, 0.29 * 100), within(30, 29)
         (True, False)
     """
@@ -66,7 +66,7 @@ def within(total: Number, limit: Number) -> bool:
 def plain(number: Fraction) -> int | float:
     """Return an integer where the number is one, and the nearest float where not.
 
-    Example:
+    Examples:
         >>> plain(Fraction(6, 2)), plain(Fraction(1, 4))
         (3, 0.25)
     """
@@ -76,7 +76,7 @@ def plain(number: Fraction) -> int | float:
 def common_denominator(numbers: Iterable[Fraction]) -> int:
     """Return the least integer whose product with every number is an integer.
 
-    Example:
+    Examples:
         >>> common_denominator([Fraction(1, 4), Fraction(5, 6)])
         12
     """

@@ -40,7 +40,7 @@ class Plan:
         PlanError: If there are no choices, or a number is none or not finite.
         PrecisionError: If a precision cannot be read.
 
-    Example:
+    Examples:
         >>> Plan({"conv1": "w8a8", "conv2": "W4A8"}).choices["conv2"]
         'w4a8'
     """

@@ -101,7 +101,7 @@ def solve_program(
         BudgetError: If the time limit passed before any choice was found.
         FxmpqError: If the solver's name or a tie is unknown, or tied groups share no precision.
 
-    Example:
+    Examples:
         >>> objective = {"a": {"w4a8": 1.0, "w8a8": 0.0}, "b": {"w4a8": 3.0, "w8a8": 0.0}}
         >>> size = {"a": {"w4a8": 4, "w8a8": 8}, "b": {"w4a8": 4, "w8a8": 8}}
         >>> solve_program(objective, [Row(size, 12)]).choices

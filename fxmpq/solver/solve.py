@@ -47,7 +47,7 @@ def solve(
             value reachable.
         FxmpqError: If the tables do not belong together.
 
-    Example:
+    Examples:
         >>> sensitivity = Sensitivity({"a": {"w4a8": 0.1, "w8a8": 0.0}})
         >>> costs = CostTable({"weights": {"a": {"w4a8": 50, "w8a8": 100}}})
         >>> solve(sensitivity, costs, {"weights": 60}).choices

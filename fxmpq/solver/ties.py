@@ -29,7 +29,7 @@ def merge_ties(
     Raises:
         FxmpqError: If a tie names an unknown group, or tied groups share no precision.
 
-    Example:
+    Examples:
         >>> table = {"a": {"w4": 0, "w8": 0}, "b": {"w8": 0}, "c": {"w4": 0}}
         >>> merge_ties(table, [("a", "b")])
         ([['a', 'b'], ['c']], [['w8'], ['w4']])
@@ -62,7 +62,7 @@ def smallest(table: Table, ties: Sequence[Sequence[str]]) -> float:
     Returns:
         The sum; an integer if all entries are.
 
-    Example:
+    Examples:
         >>> table = {"a": {"w4": 1, "w8": 5}, "b": {"w4": 9, "w8": 2}}
         >>> smallest(table, ()), smallest(table, [("a", "b")])
         (3, 7)

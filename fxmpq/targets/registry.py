@@ -26,7 +26,7 @@ def get_target(target: str | Target) -> Target:
         TargetError: If the name is unknown, or a package is missing, naming the extra that
             installs it.
 
-    Example:
+    Examples:
         >>> get_target("reference").name
         'reference'
     """

@@ -56,7 +56,7 @@ class ResNet20(nn.Module):
         num_classes: Outputs of the linear layer.
         in_channels: Channels of the input images.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from fxmpq.recipes.models.resnet20 import ResNet20
         >>> ResNet20()(torch.zeros(2, 1, 28, 28)).shape
@@ -102,7 +102,7 @@ def pretrained() -> ResNet20:
     Returns:
         The model in float32 on the CPU, batch norm not folded.
 
-    Example:
+    Examples:
         >>> from fxmpq.recipes.models.resnet20 import pretrained
         >>> model = pretrained()
         >>> sum(parameter.numel() for parameter in model.parameters())
