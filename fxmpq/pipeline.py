@@ -107,7 +107,7 @@ def quantize(
     """
     found_target = get_target(target)
     wanted_budget = Budget.parse(budget)
-    check_method(method)
+    check_method(method, options)
     batches = materialize(calibration)
     seconds: dict[str, float] = {}
     clock = time.perf_counter()

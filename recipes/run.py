@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from fxmpq.report.plots import save_picture
 from fxmpq.report.report import Report
 from fxmpq.report.tables import print_tables
 from fxmpq.report.wording import decibels, percent, seconds
-from fxmpq.sensitivity.measure import METHODS, check_method
+from fxmpq.sensitivity.measure import check_method
+from fxmpq.sensitivity.measure import method_options as option_names
 from fxmpq.targets.registry import get_target
 
 
@@ -94,8 +94,7 @@ def method_options(recipe: Recipe) -> dict[str, object]:
         RecipeError: If it has no such option, with those it has.
     """
     check_method(recipe.method)
-    parameters = inspect.signature(METHODS[recipe.method]).parameters.values()
-    legal = [entry.name for entry in parameters if entry.kind is entry.KEYWORD_ONLY]
+    legal = option_names(recipe.method)
     for name in recipe.options:
         if name not in legal:
             raise RecipeError(

@@ -72,6 +72,7 @@ def test_transformers_models_as_they_are(
         ({"budget": "wights=15%"}, BudgetError, "'weights'"),
         ({"budget": "weights=1%"}, InfeasibleBudgetError, "smallest value reachable"),
         ({"method": "sqrn"}, FxmpqError, "'sqnr'"),
+        ({"probe": 4}, FxmpqError, "'probes'"),
         ({"candidates": ["w1a8"]}, FxmpqError, "1-bit"),
         ({"calibration": []}, CalibrationError, "empty"),
     ],

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import fx
 
+from fxmpq.errors import PrecisionError
 from fxmpq.formats import NumberFormat, Precision
+from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.groups import form_groups
 from fxmpq.graph.layers import find_layers
 from fxmpq.graph.legality import check_prepared
@@ -45,7 +48,7 @@ def insert_quantizers(
         The prepared graph; `fxmpq.graph.state.state_of` tells its groups.
 
     Raises:
-        PrecisionError: If the target cannot run a candidate.
+        PrecisionError: If the target cannot run a candidate, or a weight is not `float32`.
         PatternError: If a pattern matches no layer.
     """
     state = require(graph, stage="traced")
@@ -55,6 +58,7 @@ def insert_quantizers(
     prepared = copy_graph(graph)
     found = find_layers(prepared)
     groups = form_groups(prepared, found.layers, rules, wanted, pins, exclude)
+    _check_dtypes(prepared, groups)
     sites = find_sites(prepared, groups, rules)
     owned = _insert_activation_quantizers(prepared, groups, sites)
     finished = tuple(_finish_group(prepared, group, owned) for group in groups)
@@ -72,6 +76,17 @@ def insert_quantizers(
             state, target=rules.name, groups=finished, left_float=(*found.left_float, *excluded)
         ),
     )
+
+
+def _check_dtypes(graph: fx.GraphModule, groups: Sequence[Group]) -> None:
+    for group in groups:
+        for layer in group.layers:
+            dtype = get_tensor(graph, layer.weight).dtype
+            if dtype is not torch.float32 and group.candidates != (Precision(),):
+                raise PrecisionError(
+                    f"layer {layer.name!r} has {str(dtype).removeprefix('torch.')} weights; codes "
+                    "and scales are found from float32, so convert the model first: model.float()"
+                )
 
 
 def _why_float(layer: Layer, rules: TargetRules) -> str:

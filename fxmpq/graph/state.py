@@ -116,6 +116,11 @@ class GraphState:
         return next(group for group in self.groups if group.name == name)
 
 
+def is_traced(graph: fx.GraphModule) -> bool:
+    """Whether a graph came from `fxmpq.trace`."""
+    return isinstance(graph.meta.get(_KEY), GraphState)
+
+
 def state_of(graph: fx.GraphModule) -> GraphState:
     """The state of a traced graph.
 

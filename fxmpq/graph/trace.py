@@ -14,12 +14,13 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
+from fxmpq.errors import TraceError
 from fxmpq.graph.batches import Batch, batch_size, call_arguments
 from fxmpq.graph.export import export_program, quiet_torch
 from fxmpq.graph.legality import check_canonical
 from fxmpq.graph.passes import CANONICAL_PASSES
 from fxmpq.graph.run import record_shapes
-from fxmpq.graph.state import GraphState, with_state
+from fxmpq.graph.state import GraphState, is_traced, with_state
 
 _EXAMPLE_SAMPLES = 2
 
@@ -42,7 +43,8 @@ def trace(model: nn.Module, batch: Batch) -> fx.GraphModule:
         A `GraphModule`.
 
     Raises:
-        TraceError: If the model does not export, with what `torch.export` reports.
+        TraceError: If the model does not export, with what `torch.export` reports; or if it is
+            already fxmpq's.
         BatchError: If the batch is not one of the three, or the model cannot run it.
 
     Examples:
@@ -51,8 +53,8 @@ def trace(model: nn.Module, batch: Batch) -> fx.GraphModule:
         >>> [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
         ['aten.conv2d.default', 'aten.relu.default']
     """
-    args, kwargs = call_arguments(batch)
-    args, kwargs = _example((args, kwargs), _device_of(model))
+    _check_is_float(model)
+    args, kwargs = _example(call_arguments(batch), _device_of(model))
     with torch.inference_mode(False), torch.no_grad(), quiet_torch(), _evaluating(model):
         program, dynamic = export_program(model, args, kwargs)
         exported = program.module(check_guards=False)
@@ -66,6 +68,14 @@ def trace(model: nn.Module, batch: Batch) -> fx.GraphModule:
         with_state(graph, state)
         record_shapes(graph)
         return with_state(graph, GraphState(spec, tuple(leaves), dynamic, fingerprint(graph)))
+
+
+def _check_is_float(model: nn.Module) -> None:
+    if any(isinstance(module, fx.GraphModule) and is_traced(module) for module in model.modules()):
+        raise TraceError(
+            f"{type(model).__name__} is or holds a graph from fxmpq.trace; pass the float model, "
+            "or go on with that graph: fxmpq.prepare(graph, target)"
+        )
 
 
 def fingerprint(graph: fx.GraphModule) -> str:

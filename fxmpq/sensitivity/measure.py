@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 
 from torch import fx
@@ -38,20 +39,41 @@ def measure(
         Relative output noise power per group and precision.
 
     Raises:
-        FxmpqError: If the method is unknown.
+        FxmpqError: If the method or an option is unknown.
         CalibrationError: If there are no batches.
     """
     require(graph, stage="calibrated")
-    check_method(method)
+    check_method(method, options)
     found = materialize(batches)
     return METHODS[method](graph, track(found, "measuring", shown=progress), **options)
 
 
-def check_method(method: str) -> None:
-    """Refuse an unknown method.
+def method_options(method: str) -> tuple[str, ...]:
+    """Names of the options that a method takes.
+
+    Examples:
+        >>> method_options("projected")
+        ('probes', 'seed')
+    """
+    # Every method takes the graph and the batches first.
+    return tuple(inspect.signature(METHODS[method]).parameters)[2:]
+
+
+def check_method(method: str, options: Iterable[str] = ()) -> None:
+    """Refuse an unknown method, and options that it does not take.
+
+    Args:
+        method: As asked.
+        options: Names of the options as asked.
 
     Raises:
-        FxmpqError: With the methods there are.
+        FxmpqError: With the methods or options there are.
     """
     if method not in METHODS:
         raise FxmpqError(f"no sensitivity method {method!r}; there are {closest(method, METHODS)}")
+    legal = method_options(method)
+    for name in options:
+        if name not in legal:
+            raise FxmpqError(
+                f"no option {name!r} with the method {method!r}; there are {closest(name, legal)}"
+            )

@@ -18,6 +18,7 @@ from fxmpq.graph.state import Group, Layer, require
 from fxmpq.quantizers.modules import ActivationQuantizer
 from fxmpq.sensitivity.changes import WeightChanges, weight_changes
 from fxmpq.sensitivity.sensitivity import Sensitivity
+from fxmpq.sensitivity.signal import check_signal
 from fxmpq.sensitivity.weight_projection import WEIGHT_PROJECTIONS
 
 _Hook = Callable[[Tensor], None]
@@ -66,6 +67,7 @@ def projected(
         batch_rows, batch_signal = pass_.project(inputs, probes, generator)
         rows.append(batch_rows)
         signal += batch_signal
+    check_signal(signal)
     matrix = torch.cat(rows).double()
     draws = len(matrix)
     # Normalised so that the mean over rows of a squared entry is the value itself.

@@ -14,6 +14,7 @@ from fxmpq.graph.run import flatten_outputs
 from fxmpq.graph.state import Group, copy_graph, require
 from fxmpq.graph.switch import switch_group
 from fxmpq.sensitivity.sensitivity import Sensitivity
+from fxmpq.sensitivity.signal import check_signal
 
 
 def sqnr(graph: fx.GraphModule, batches: Iterable[Batch]) -> Sensitivity:
@@ -45,6 +46,7 @@ def sqnr(graph: fx.GraphModule, batches: Iterable[Batch]) -> Sensitivity:
                 for precision, outputs in sweep.outputs(group):
                     error = (outputs - reference).double().square().sum()
                     noise[group.name, str(precision)] += float(error)
+    check_signal(signal)
     values = {
         group.name: {str(c): noise[group.name, str(c)] / signal for c in group.candidates}
         for group in state.groups

@@ -28,7 +28,6 @@ def groups_of(
 ) -> dict[str, Group]:
     layers = find_layers(graph).layers
     groups = form_groups(graph, layers, rules, candidates, keep or {}, exclude)
-    assert [layer for group in groups for layer in group.layers].sort(key=str) is None
     assert sorted(layer.name for group in groups for layer in group.layers) == sorted(
         layer.name for layer in layers
     )

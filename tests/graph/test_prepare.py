@@ -151,3 +151,14 @@ def test_a_prepared_graph_goes_into_training_mode_and_back(
     expected = prepared(images[0])
     assert prepared.train()(images[0]).equal(expected)
     assert prepared.eval()(images[0]).equal(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_weights_than_single_precision_are_an_error(dtype: torch.dtype) -> None:
+    graph = trace(nn.Linear(4, 3).to(dtype), torch.ones(2, 4, dtype=dtype))
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(PrecisionError, match=rf"has {name} weights; .* model.float\(\)"):
+        insert_quantizers(graph, REFERENCE.rules)
+    kept = insert_quantizers(graph, REFERENCE.rules, exclude=["*"])
+    x = torch.randn(2, 4).to(dtype)
+    assert torch.equal(run_batch(kept, x)[0], run_batch(graph, x)[0])

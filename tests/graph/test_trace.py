@@ -275,3 +275,9 @@ def test_other_dtypes_are_traced_and_hashed(dtype: torch.dtype) -> None:
     x = torch.randn(3, 3, 8, 8, dtype=dtype)
     assert torch.equal(graph(x), model(x))
     assert fingerprint(graph) == state_of(graph).fingerprint
+
+
+def test_a_graph_is_not_traced_again(conv_graph: fx.GraphModule, images: list[Tensor]) -> None:
+    for model in (conv_graph, nn.Sequential(conv_graph)):
+        with pytest.raises(TraceError, match="holds a graph from fxmpq.trace"):
+            trace(model, images[0])

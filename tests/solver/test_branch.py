@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import mip
 import numpy as np
 import pytest
 
@@ -83,6 +85,37 @@ def test_each_limit_gets_a_price_of_its_own() -> None:
     best = max(relaxation.bound(np.array([one, two]))[0] for one in grid for two in grid)
     assert sharp >= best
     assert sharp > relaxation.bound(relaxation.single_price())[0]
+
+
+# Mixed in halves, the free options keep the limits: the best bound is 0.
+FREE = (
+    "0:011 1:200, 0:012 0:020 0:201, 0:021 2:220 2:300, 0:121 2:002 2:130, 0:110 1:003 2:000, "
+    "0:103 0:120 1:032"
+)
+# Where prices are steep, the solver's tolerance hides what the planes allow.
+STEEP = "0:012 3:100, 0:001 0:110, 0:010 1:000, 0:011 0:100, 0:100 1:020"
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(("options", "limits"), [(FREE, (9, 7, 9)), (STEEP, (1, 5, 2))])
+def test_sharp_prices_come_to_an_end(
+    options: str, limits: tuple[int, ...], solver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = itertools.count()
+    groups = tuple(
+        tuple(Option(next(keys), int(text[0]), tuple(map(int, text[2:]))) for text in group.split())
+        for group in options.split(", ")
+    )
+    optimize, solved = mip.Model.optimize, itertools.count()
+
+    def count(self: mip.Model, **options: Any) -> mip.OptimizationStatus:
+        assert next(solved) < 50
+        return optimize(self, **options)
+
+    monkeypatch.setattr(mip.Model, "optimize", count)
+    relaxation = Relaxation.of(Instance(groups, limits), 4)
+    prices = sharp_prices(relaxation, solver=solver, seconds=5)
+    assert relaxation.bound(prices)[0] >= relaxation.bound(relaxation.single_price())[0]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
