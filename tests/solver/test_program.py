@@ -242,15 +242,10 @@ def test_a_gap_allows_stopping_early() -> None:
 
 def test_no_limits_choose_the_least_of_every_group() -> None:
     losses = {"a": {"w2a8": 0.5, "w8a8": -1.0}, "b": {"w2a8": 0.0, "w8a8": 3.0}}
-    found = solve_program(losses, [])
-    assert found.choices == {"a": "w8a8", "b": "w2a8"}
-    assert (found.objective, found.bound, found.status) == (-1.0, -1.0, "optimal")
-
-
-def test_an_unlimited_row_limits_nothing() -> None:
-    losses = {"a": {"w2a8": 1.0, "w8a8": 0.0}}
-    found = solve_program(losses, [Row({"a": {"w2a8": 1, "w8a8": 2}}, math.inf)])
-    assert found.choices == {"a": "w8a8"}
+    for rows in ([], [Row(losses, math.inf)]):
+        found = solve_program(losses, rows)
+        assert found.choices == {"a": "w8a8", "b": "w2a8"}
+        assert (found.objective, found.bound, found.status) == (-1.0, -1.0, "optimal")
 
 
 @pytest.mark.parametrize(
@@ -275,12 +270,18 @@ def test_an_unknown_solver_shows_the_known_ones() -> None:
 
 @pytest.mark.parametrize(("limit", "second"), [(1, 9), (3, 1)])
 def test_a_program_that_cannot_be_met(limit: int, second: int) -> None:
-    rows = [
-        Row({"a": {"w2a8": 2, "w8a8": 4}}, limit),
-        Row({"a": {"w2a8": 3, "w8a8": 1}}, second),
-    ]
+    rows = [Row({"a": {"w2a8": 2, "w8a8": 4}}, limit), Row({"a": {"w2a8": 3, "w8a8": 1}}, second)]
     with pytest.raises(InfeasibleBudgetError, match="no choice is within all limits"):
         solve_program({"a": {"w2a8": 0.0, "w8a8": 0.0}}, rows)
+
+
+def test_a_malformed_program_is_refused() -> None:
+    with pytest.raises(FxmpqError, match="at least one group, each with a precision"):
+        solve_program({"a": {}}, [])
+    with pytest.raises(FxmpqError, match="a limit lacks group 'a' at w8a8"):
+        solve_program({"a": {"w8a8": 0.0}}, [Row({"a": {"w4a8": 1}}, 3)])
+    with pytest.raises(FxmpqError, match="a limit is NaN"):
+        Row({"a": {"w8a8": 1}}, math.nan)
 
 
 def test_torch_keeps_its_threads() -> None:
