@@ -245,3 +245,24 @@ def test_samples_that_do_not_lie_first(
         assert found.value(group, precision) == pytest.approx(
             exact.value(group, precision), rel=0.25
         )
+
+
+def test_excluded_groups_have_no_noise(
+    conv_graph: fx.GraphModule, images: list[Tensor], calibrated: Planned
+) -> None:
+    graph = calibrated(conv_graph, images, exclude=["conv1"])
+    found = projected(graph, images)
+    assert found.values["conv1"] == {"fp32": 0.0}
+    assert all(value > 0 for name in ("fc", "conv2") for value in found.values[name].values())
+
+
+def test_layers_without_bias_correction(conv_graph: fx.GraphModule, images: list[Tensor]) -> None:
+    prepared = insert_quantizers(
+        conv_graph, get_target("reference").rules, candidates=[Precision.parse("w6a8")]
+    )
+    graph = calibrate(prepared, images, bias_correction=False, progress=False)
+    exact, found = sqnr(graph, images), projected(graph, images, probes=200)
+    for group, precision in exact.entries:
+        assert found.value(group, precision) == pytest.approx(
+            exact.value(group, precision), rel=0.5
+        )

@@ -79,6 +79,18 @@ class SharedWeight(nn.Module):
         return self.conv(self.norm(self.conv(x)))
 
 
+class SharedBias(nn.Module):
+    """Two convolutions that add one bias, of which one has a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv1d(4, 4, 3), nn.Conv1d(4, 4, 3)
+        self.two.bias, self.norm = self.one.bias, nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(x) + self.norm(self.one(x))
+
+
 class Sequence(nn.Module):
     """A linear layer over [N, C, L] whose channels are not the norm's."""
 
@@ -121,6 +133,7 @@ class BatchStatistics(nn.Module):
     [
         (Shared, (2, 3, 9)),
         (SharedWeight, (2, 4, 9)),
+        (SharedBias, (2, 4, 9)),
         (Sequence, (2, 4, 4)),
         (ComputedGamma, (2, 4, 9)),
         (BatchStatistics, (2, 4, 9)),

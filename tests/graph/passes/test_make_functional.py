@@ -80,3 +80,28 @@ def test_dunder_operators_and_python_functions_are_not_taken_for_writes() -> Non
     graph = exported(Dunder(), x)
     assert make_functional(graph) == 0
     assert torch.equal(graph(x), x & 3)
+
+
+def test_readers_of_the_old_name_behind_a_write_are_moved() -> None:
+    # torch.export names the written value itself; a graph from elsewhere need not.
+    nodes = fx.Graph()
+    x = nodes.placeholder("x")
+    y = nodes.call_function(aten.mul.Tensor, (x, 1))
+    before = nodes.call_function(aten.mul.Tensor, (y, 10))
+    written = nodes.call_function(aten.add_.Tensor, (y, 1))
+    after = nodes.call_function(aten.add.Tensor, (before, y))
+    nodes.output(after)
+    graph = fx.GraphModule(nn.Module(), nodes)
+    value = torch.tensor([1.0, -2.0])
+    expected = graph(value)
+    assert make_functional(graph) == 1
+    assert after.args == (before, written)
+    assert torch.equal(graph(value), expected)
+
+
+def test_an_operator_over_lists_is_not_taken_for_a_write() -> None:
+    nodes = fx.Graph()
+    x = nodes.placeholder("x")
+    nodes.call_function(aten._foreach_add_.Scalar, ([x], 1))
+    nodes.output(x)
+    assert make_functional(fx.GraphModule(nn.Module(), nodes)) == 0
