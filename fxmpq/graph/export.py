@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-import fxmpq
 from fxmpq.errors import BatchError, TraceError
 from fxmpq.graph.aliases import writes_through_views
 from fxmpq.graph.batches import batch_size, fixed_size
 
-_OWN_FOLDERS = (str(Path(torch.__file__).parent), str(Path(fxmpq.__file__).parent))
+_OWN_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
 def export_program(
