@@ -86,7 +86,7 @@ def quantize(
         candidates: Precisions to choose from, as `["w2a8", "w4a8", "w8a8"]`.
         method: Sensitivity method, `projected` or `sqnr`.
         keep: Layers that must have a precision, as `{"classifier": "w8a8"}`.
-        exclude: Layers that stay float.
+        exclude: Layers that stay float, even where `keep` matches too.
         bias_correction: Whether quantized layers get corrected biases.
         progress: Whether to show progress bars.
         **options: Of the method, as `probes=4, seed=1`.

@@ -31,7 +31,7 @@ def prepare(
         candidates: Precisions to choose from, as `["w4a8", "w8a8"]`; the target's own if
             `None`.
         keep: fnmatch pattern on layer names to a precision, as `{"classifier": "w8a8"}`.
-        exclude: fnmatch patterns of layers that stay float.
+        exclude: fnmatch patterns of layers that stay float, even where `keep` matches too.
 
     Returns:
         The prepared graph, which computes exactly what `graph` does.

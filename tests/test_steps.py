@@ -74,3 +74,9 @@ def test_apply_refuses_another_models_plan(
         apply(graph, {**choices, "conv": "w8a8"})
     with pytest.raises(FxmpqError, match="fxmpq.calibrate"):
         apply(prepare(conv_graph, "reference"), choices)
+
+
+def test_exclude_wins_over_a_broad_keep(conv_graph: fx.GraphModule) -> None:
+    prepared = prepare(conv_graph, "reference", keep={"*": "w8a8"}, exclude=["fc"])
+    found = {g.name: [str(c) for c in g.candidates] for g in state_of(prepared).groups}
+    assert found == {"stem.0": ["w8a8"], "conv1": ["w8a8"], "conv2": ["w8a8"], "fc": ["fp32"]}

@@ -42,7 +42,7 @@ def insert_quantizers(
         rules: What the target runs and where it quantizes.
         candidates: Precisions to choose from; the target's defaults if `None`.
         keep: fnmatch pattern on layer names to a precision these layers must have.
-        exclude: fnmatch patterns of layers that stay float.
+        exclude: fnmatch patterns of layers that stay float, even where `keep` matches too.
 
     Returns:
         The prepared graph; `fxmpq.graph.state.state_of` tells its groups.
