@@ -62,11 +62,13 @@ def calibrate(
                 number_format.name: mse_activation_range(histogram, number_format)
                 for number_format in quantizer.formats
             }
+        nodes = {node.name: node for node in calibrated.graph.nodes}
         for group in state.groups:
             for layer in group.layers:
                 _set_weight_scales(calibrated, layer)
                 if bias_correction and layer.bias_correction is not None:
-                    _set_bias_shifts(calibrated, layer, observations.means[layer.node])
+                    mean_input = observations.means[layer.node]
+                    _set_bias_shifts(calibrated, layer, nodes[layer.node], mean_input)
     return with_state(calibrated, replace(state, calibrated=True))
 
 
@@ -91,12 +93,13 @@ def _set_weight_scales(graph: fx.GraphModule, layer: Layer) -> None:
         quantizer.set_scale(number_format, scale)
 
 
-def _set_bias_shifts(graph: fx.GraphModule, layer: Layer, mean_input: MeanInput) -> None:
+def _set_bias_shifts(
+    graph: fx.GraphModule, layer: Layer, node: fx.Node, mean_input: MeanInput
+) -> None:
     assert layer.weight_quantizer is not None and layer.bias_correction is not None
     quantizer = graph.get_submodule(layer.weight_quantizer)
     correction = graph.get_submodule(layer.bias_correction)
     assert isinstance(quantizer, WeightQuantizer) and isinstance(correction, BiasCorrection)
-    node = next(node for node in graph.graph.nodes if node.name == layer.node)
     weight = get_tensor(graph, layer.weight)
     for number_format in quantizer.formats:
         error = quantizer.quantize(weight, number_format) - weight

@@ -61,7 +61,8 @@ def insert_quantizers(
     _check_dtypes(prepared, groups)
     sites = find_sites(prepared, groups, rules)
     owned = _insert_activation_quantizers(prepared, groups, sites)
-    finished = tuple(_finish_group(prepared, group, owned) for group in groups)
+    nodes = {node.name: node for node in prepared.graph.nodes}
+    finished = tuple(_finish_group(prepared, nodes, group, owned) for group in groups)
     excluded = tuple(
         LeftFloat(layer.name, _why_float(layer, rules))
         for group in finished
@@ -127,12 +128,14 @@ def _insert_activation_quantizers(
 
 
 def _finish_group(
-    graph: fx.GraphModule, group: Group, owned: Mapping[fx.Node, tuple[str, str]]
+    graph: fx.GraphModule,
+    nodes: Mapping[str, fx.Node],
+    group: Group,
+    owned: Mapping[fx.Node, tuple[str, str]],
 ) -> Group:
     """Insert a group's weight quantizers and bias corrections and write down their names."""
     if group.candidates == (Precision(),):
         return group
-    nodes = {node.name: node for node in graph.graph.nodes}
     layers = tuple(_insert_weight_quantizer(graph, nodes, group, layer) for layer in group.layers)
     modules = tuple(name for owner, name in owned.values() if owner == group.name)
     return replace(group, layers=layers, activation_quantizers=modules)
@@ -153,7 +156,7 @@ def _insert_weight_quantizer(
         graph.add_submodule(quantizer_name, quantizer)
         with graph.graph.inserting_after(weight):
             quantized = graph.graph.call_module(quantizer_name, (weight,))
-        quantized.meta.update(val=weight.meta.get("val"), quantizes=layer.weight)
+        quantized.meta["val"] = weight.meta.get("val")
     node.update_arg(operator.weight, quantized)
     source = argument(node, operator.input)
     input_name = str(source.target) if isinstance(source, fx.Node) else ""

@@ -18,6 +18,18 @@ SCHEMA = "fxmpq.sensitivity"
 VERSION = 1
 
 
+def noise_to_db(ratio: float) -> float:
+    """SQNR in dB of a ratio of noise to signal power, `-10 log10(ratio)`.
+
+    Args:
+        ratio: Relative noise power.
+
+    Returns:
+        Decibels; `inf` where there is no noise.
+    """
+    return math.inf if ratio <= 0 else -10 * math.log10(ratio)
+
+
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
     """The loss increase of every (group, precision).
@@ -93,7 +105,7 @@ class Sensitivity:
     def sqnr_db(self, group: str, precision: str | Precision) -> float:
         """Output SQNR with one group quantized: `-10 log10(value)` in dB, `inf` at 0."""
         value = self.value(group, precision)
-        return math.inf if value <= 0 else -10 * math.log10(value)
+        return noise_to_db(value)
 
     def pairs(self) -> NDArray[np.float64]:
         """Interactions `M = P^T P / draws` between every two entries, `[entries, entries]`.

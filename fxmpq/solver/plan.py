@@ -10,6 +10,7 @@ from pathlib import Path
 from fxmpq.artefact import build, check_fields, dump_json, load_json
 from fxmpq.errors import PlanError
 from fxmpq.formats import Precision
+from fxmpq.sensitivity.sensitivity import noise_to_db
 
 SCHEMA = "fxmpq.plan"
 VERSION = 1
@@ -88,7 +89,7 @@ class Plan:
         """Predicted output SQNR, `-10 log10(loss)` in dB, where the loss is a noise power."""
         if self.loss is None:
             return None
-        return math.inf if self.loss <= 0 else -10 * math.log10(self.loss)
+        return noise_to_db(self.loss)
 
     def check(self, fingerprint: str) -> None:
         """Refuse another model's graph.
