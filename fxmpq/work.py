@@ -1,0 +1,60 @@
+"""Long work in units: shown as it goes on, and kept so that an interruption loses one unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from fxmpq.journal import Journal
+from fxmpq.progress import track
+
+Item = TypeVar("Item")
+
+
+class Work:
+    """How a method shows its progress, and where it keeps what it has done.
+
+    Args:
+        shown: Whether to show progress bars.
+        journal: Where finished units are recorded; `None` keeps nothing.
+
+    Examples:
+        >>> work = Work()
+        >>> sum(work.unit(f"row {row}", lambda: [2.0])[0] for row in work.track([1, 2], "rows"))
+        4.0
+    """
+
+    def __init__(self, *, shown: bool = False, journal: Journal | None = None) -> None:
+        self._shown = shown
+        self._journal = journal
+
+    @property
+    def shown(self) -> bool:
+        """Whether progress bars are shown."""
+        return self._shown
+
+    def track(
+        self, items: Iterable[Item], description: str, *, total: int | None = None
+    ) -> Iterator[Item]:
+        """Iterate with a progress bar; see `fxmpq.progress.track`."""
+        return track(items, description, total=total, shown=self._shown)
+
+    def is_done(self, name: str) -> bool:
+        """Whether an interrupted run has recorded this unit."""
+        return self._journal is not None and name in self._journal.done
+
+    def unit(self, name: str, compute: Callable[[], Sequence[float]]) -> list[float]:
+        """The numbers of one unit of work: recorded ones, else computed now and recorded.
+
+        Args:
+            name: Identifies the unit within its run.
+            compute: Does the work; called only if nothing is recorded.
+
+        Returns:
+            The numbers, to the last bit the same in both cases.
+        """
+        if self._journal is None:
+            return [float(number) for number in compute()]
+        if name not in self._journal.done:
+            self._journal.record(name, compute())
+        return self._journal.done[name]
