@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from fxmpq.errors import FxmpqError
+from fxmpq.formats import Precision
+from fxmpq.graph.state import require
+from fxmpq.graph.trace import trace
+from fxmpq.training.fit import finite_loss, fit
+from fxmpq.training.loss import classification_loss
+from fxmpq.training.trainable import activate, learned_quantizers, trainable
+
+Planned = Callable[..., fx.GraphModule]
+Pair = tuple[Tensor, Tensor]
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Pair]:
+    """Points in three classes that two lines divide."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(60, 4, generator=generator)
+    labels = (points[:, 0] > 0).long() + (points[:, 1] + points[:, 2] > 0).long()
+    return [(points[i : i + 12], labels[i : i + 12]) for i in range(0, 60, 12)]
+
+
+@pytest.fixture(scope="module")
+def graph(calibrated: Planned, batches: list[Pair]) -> fx.GraphModule:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+    inputs = [batch[0] for batch in batches]
+    return calibrated(trace(model, inputs[0]), inputs, candidates=[Precision(3, 4)])
+
+
+def lowered(graph: fx.GraphModule) -> fx.GraphModule:
+    copied = trainable(graph)
+    for group in require(copied, stage="calibrated").groups:
+        activate(copied, group, Precision(3, 4))
+    return copied
+
+
+def total_loss(graph: fx.GraphModule, batches: list[Pair]) -> float:
+    with torch.no_grad():
+        return sum(float(classification_loss(graph, batch)) for batch in batches)
+
+
+def trained(graph: fx.GraphModule, batches: list[Pair], **options: object) -> list[Tensor]:
+    copied = lowered(graph)
+    settings = {"loss": classification_loss, "epochs": 2, "learning_rate": 0.05, **options}
+    fit(copied, batches, **settings)
+    return [parameter.detach() for parameter in copied.parameters()]
+
+
+def equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_training_a_quantized_graph_lowers_its_loss(
+    graph: fx.GraphModule, batches: list[Pair]
+) -> None:
+    copied = lowered(graph)
+    before = total_loss(copied, batches)
+    steps = [float(p.detach()) for q in learned_quantizers(copied).values() for p in q.parameters()]
+    fit(copied, batches, loss=classification_loss, epochs=15, learning_rate=0.1)
+    assert total_loss(copied, batches) < 0.6 * before
+    after = [float(p.detach()) for q in learned_quantizers(copied).values() for p in q.parameters()]
+    assert all(one != other for one, other in zip(steps, after, strict=True))
+
+
+def test_the_steps_are_those_of_a_plain_loop(graph: fx.GraphModule, batches: list[Pair]) -> None:
+    def steep(model: nn.Module, batch: Pair) -> Tensor:
+        return 30 * classification_loss(model, batch)
+
+    found = trained(graph, batches[:1], loss=steep, epochs=4, learning_rate=0.02)
+    copied = lowered(graph)
+    optimizer = torch.optim.SGD(
+        copied.parameters(), lr=0.02, momentum=0.9, weight_decay=2.5e-5, foreach=False
+    )
+    clipped = 0
+    for epoch in range(4):
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 + math.cos(math.pi * epoch / 4)) / 2
+        optimizer.zero_grad()
+        steep(copied, batches[0]).backward()
+        for parameter in copied.parameters():
+            clipped += int((parameter.grad.abs() > 1).sum())
+            parameter.grad.clamp_(-1, 1)
+        optimizer.step()
+        for quantizer in learned_quantizers(copied).values():
+            quantizer.clamp_steps()
+    assert clipped > 0
+    for one, other in zip(found, copied.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_the_gradients_of_all_passes_add_up(graph: fx.GraphModule, batches: list[Pair]) -> None:
+    copied = trainable(graph)
+    group = require(copied, stage="calibrated").groups[0]
+    reached: list[object] = []
+
+    def passes() -> Iterator[None]:
+        for precision in (Precision(3, 4), Precision()):
+            activate(copied, group, precision)
+            yield
+
+    def small(model: nn.Module, batch: Pair) -> Tensor:
+        reached.append(next(iter(learned_quantizers(copied).values())).active)
+        return 0.01 * classification_loss(model, batch)
+
+    start = [parameter.detach().clone() for parameter in copied.parameters()]
+    options = {"loss": small, "learning_rate": 0.5, "weight_decay": 0.0}
+    fit(copied, batches[:1], epochs=1, passes=passes, **options)
+    assert reached == [Precision(3, 4).activation, None]
+    by_hand = trainable(graph)
+    for precision in (Precision(3, 4), Precision()):
+        activate(by_hand, require(by_hand, stage="calibrated").groups[0], precision)
+        (0.01 * classification_loss(by_hand, batches[0])).backward()
+    moved = 0
+    for first, now, other in zip(start, copied.parameters(), by_hand.parameters(), strict=True):
+        expected = first if other.grad is None else first - 0.5 * other.grad
+        assert torch.allclose(now, expected, rtol=1e-5, atol=1e-8)
+        moved += not torch.equal(now, first)
+    assert moved > 4
+
+
+def test_a_parameter_whose_gradient_is_zero_does_not_decay(
+    graph: fx.GraphModule, batches: list[Pair]
+) -> None:
+    def last_layer(model: nn.Module, batch: Pair) -> Tensor:
+        weights = dict(model.named_parameters())
+        return model(batch[0]).mean() * 0 + 0.01 * weights["2.weight"].sum()
+
+    copied = trainable(graph)
+    before = {name: parameter.detach().clone() for name, parameter in copied.named_parameters()}
+    fit(copied, batches, loss=last_layer, epochs=1, learning_rate=0.1, weight_decay=0.5)
+    moved = {n for n, p in copied.named_parameters() if not torch.equal(before[n], p)}
+    assert moved == {"2.weight"}
+    options = {"epochs": 1, "learning_rate": 0.1, "weight_decay": 0.5}
+    before = {name: parameter.detach().clone() for name, parameter in copied.named_parameters()}
+    fit(copied, batches, loss=lambda model, batch: 0 * last_layer(model, batch), **options)
+    assert all(torch.equal(before[name], p) for name, p in copied.named_parameters())
+
+
+def test_a_seed_gives_the_same_bits(graph: fx.GraphModule, batches: list[Pair]) -> None:
+    first = trained(graph, batches, seed=3)
+    torch.manual_seed(99)
+    assert equal(first, trained(graph, batches, seed=3))
+    assert not equal(first, trained(graph, batches, seed=4))
+
+
+def test_every_epoch_sees_every_batch_in_an_order_of_its_own(
+    graph: fx.GraphModule, batches: list[Pair]
+) -> None:
+    seen: list[int] = []
+
+    def watching(model: nn.Module, batch: Pair) -> Tensor:
+        seen.append(next(i for i, b in enumerate(batches) if torch.equal(b[0], batch[0])))
+        return classification_loss(model, batch)
+
+    trained(graph, batches, loss=watching, epochs=4)
+    epochs = [tuple(seen[i : i + 5]) for i in range(0, 20, 5)]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
+    assert len(set(epochs)) > 1
+
+
+def test_random_numbers_of_the_loss_are_seeded_and_the_global_state_is_put_back(
+    graph: fx.GraphModule, batches: list[Pair]
+) -> None:
+    def noisy(model: nn.Module, batch: Pair) -> Tensor:
+        points, labels = batch
+        return classification_loss(model, (points + torch.randn(points.shape), labels))
+
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = trained(graph, batches, loss=noisy)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    assert equal(first, trained(graph, batches, loss=noisy))
+
+
+def test_nothing_is_left_behind(
+    graph: fx.GraphModule,
+    batches: list[Pair],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    level = logging.getLogger("lightning.pytorch").level
+    copied = lowered(graph)
+    fit(copied, batches, loss=classification_loss, epochs=1, learning_rate=0.1, shown=True)
+    assert all(parameter.grad is None for parameter in copied.parameters())
+    assert not any(module.training for module in copied.modules())
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")  # standard error is no terminal
+    assert logging.getLogger("lightning.pytorch").level == level
+
+
+def test_a_progress_bar_is_shown_on_a_terminal(
+    graph: fx.GraphModule,
+    batches: list[Pair],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    trained(graph, batches, epochs=1, shown=True)
+    assert "Epoch 0" in "".join(capsys.readouterr())
+    trained(graph, batches, epochs=1)
+    assert "Epoch 0" not in "".join(capsys.readouterr())
+
+
+def test_it_trains_inside_inference_mode(graph: fx.GraphModule, batches: list[Pair]) -> None:
+    expected = trained(graph, batches)
+    with torch.inference_mode():
+        assert equal(expected, trained(graph, batches))
+
+
+def test_an_interruption_is_one_and_can_be_repeated(
+    graph: fx.GraphModule, batches: list[Pair]
+) -> None:
+    def interrupted(model: nn.Module, batch: Pair) -> Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        return classification_loss(model, batch)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trained(graph, batches, loss=interrupted)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_an_exit_stays_an_exit(graph: fx.GraphModule, batches: list[Pair]) -> None:
+    def leaving(model: nn.Module, batch: Pair) -> Tensor:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit, match="3"):
+        trained(graph, batches, loss=leaving)
+
+
+def never(model: nn.Module, batch: object) -> Tensor:
+    pytest.fail("the loss was called")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": None}, "training needs loss.model, batch.*NoneType"),
+        ({"epochs": 0}, "epochs is 0; it must be a whole number, at least 1"),
+        ({"epochs": 1.5}, "epochs is 1.5"),
+        ({"epochs": True}, "epochs is True"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be positive"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"learning_rate": math.inf}, "learning_rate is inf"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(
+    graph: fx.GraphModule, batches: list[Pair], options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(FxmpqError, match=message):
+        trained(graph, batches, **{"loss": never, **options})
+
+
+def test_no_batches_are_refused(graph: fx.GraphModule) -> None:
+    with pytest.raises(FxmpqError, match="nothing to train on"):
+        trained(graph, [])
+
+
+def test_a_loss_that_is_no_finite_scalar_is_an_error(
+    graph: fx.GraphModule, batches: list[Pair]
+) -> None:
+    with pytest.raises(FxmpqError, match=r"scalar tensor.*found a tensor of \[12, 3\]"):
+        trained(graph, batches, loss=lambda model, batch: model(batch[0]))
+    with pytest.raises(FxmpqError, match="found 0.5"):
+        trained(graph, batches, loss=lambda model, batch: 0.5)
+    with pytest.raises(FxmpqError, match="became nan; lower learning_rate"):
+        trained(graph, batches, loss=lambda model, batch: model(batch[0]).mean() * math.nan)
+    copied = lowered(graph)
+    assert finite_loss(lambda *_: torch.ones(1, 1), copied, batches[0]).shape == ()
