@@ -17,6 +17,9 @@ from fxmpq.formats import Precision
 SCHEMA = "fxmpq.sensitivity"
 VERSION = 1
 
+OPTIONAL = {"method", "fingerprint", "projections", "unit"}
+UNITS = ("noise", "loss", "score")
+
 
 def noise_to_db(ratio: float) -> float:
     """SQNR in dB of a ratio of noise to signal power, `-10 log10(ratio)`.
@@ -32,11 +35,7 @@ def noise_to_db(ratio: float) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
-    """The loss increase of every (group, precision).
-
-    fxmpq's estimators give relative output noise power, `E||y_q - y||^2 / E||y||^2` with that
-    group alone at that precision: dimensionless, and additive over groups to first order. Any
-    other additive loss serves the solver as well.
+    """The loss increase of every (group, precision): higher is worse, and additive over groups.
 
     Args:
         values: Group to precision name to value; finite.
@@ -44,9 +43,13 @@ class Sensitivity:
         fingerprint: Of the model they were measured on.
         projections: `[draws, entries]`, columns in the order of `entries`, whose Gram matrix
             holds the interactions; `None` where the method gives none.
+        unit: What a value is: `noise`, the relative output noise power `E||y_q - y||^2 /
+            E||y||^2` with that group alone at that precision; `loss`, the increase of a loss;
+            or `score`, which ranks and predicts nothing.
 
     Raises:
-        FxmpqError: If there are no values, a value is not finite, or shapes differ.
+        FxmpqError: If there are no values, a value is not finite, the unit is unknown, or
+            shapes differ.
 
     Examples:
         >>> sensitivity = Sensitivity({"conv1": {"w8a8": 1e-4, "w4a8": 1e-2}})
@@ -58,8 +61,11 @@ class Sensitivity:
     method: str = "given"
     fingerprint: str | None = None
     projections: NDArray[np.float64] | None = None
+    unit: str = "noise"
 
     def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise FxmpqError(f"no unit {self.unit!r} of sensitivity; there are {', '.join(UNITS)}")
         table = {
             str(group): {str(Precision.parse(name)): float(v) for name, v in row.items()}
             for group, row in self.values.items()
@@ -103,8 +109,17 @@ class Sensitivity:
         return row[name]
 
     def sqnr_db(self, group: str, precision: str | Precision) -> float:
-        """Output SQNR with one group quantized: `-10 log10(value)` in dB, `inf` at 0."""
+        """Output SQNR with one group quantized: `-10 log10(value)` in dB, `inf` at 0.
+
+        Raises:
+            FxmpqError: If there is no such entry, or values are not noise.
+        """
         value = self.value(group, precision)
+        if self.unit != "noise":
+            raise FxmpqError(
+                f"method {self.method!r} measures a {self.unit}, which is no noise power; measure "
+                "with 'projected' or 'sqnr' for decibels"
+            )
         return noise_to_db(value)
 
     def pairs(self) -> NDArray[np.float64]:
@@ -118,7 +133,8 @@ class Sensitivity:
         """
         if self.projections is None:
             raise FxmpqError(
-                f"method {self.method!r} measures no interactions; measure with 'projected'"
+                f"method {self.method!r} measures no interactions; measure with 'projected' or "
+                "'pairwise'"
             )
         gram: NDArray[np.float64] = self.projections.T @ self.projections / len(self.projections)
         return gram
@@ -129,6 +145,7 @@ class Sensitivity:
         fields = {
             "method": self.method,
             "fingerprint": self.fingerprint,
+            "unit": self.unit,
             "values": self.values,
             "projections": None if matrix is None else matrix.tolist(),
         }
@@ -142,5 +159,5 @@ class Sensitivity:
             FileFormatError: If it holds something else.
         """
         found = load_json(SCHEMA, VERSION, source)
-        check_fields(SCHEMA, found, {"values"}, {"method", "fingerprint", "projections"})
+        check_fields(SCHEMA, found, {"values"}, OPTIONAL)
         return build(SCHEMA, cls, found)

@@ -2,107 +2,223 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, fx
 
-from fxmpq.formats import Precision
-from fxmpq.graph.batches import Batch, batch_size, flat_inputs
-from fxmpq.graph.run import flatten_outputs
-from fxmpq.graph.state import Group, copy_graph, require
-from fxmpq.graph.switch import switch_group
+from fxmpq.errors import FxmpqError
+from fxmpq.graph.batches import Batch, flat_inputs, graph_device, materialize
+from fxmpq.graph.run import float_outputs
+from fxmpq.graph.state import Group, require
+from fxmpq.sensitivity.scores import (
+    AVERAGES,
+    SCORES,
+    Asked,
+    OutputScore,
+    Score,
+    StartedOnce,
+    find_score,
+    is_metric,
+    scorer,
+    unit_of,
+)
 from fxmpq.sensitivity.sensitivity import Sensitivity
-from fxmpq.sensitivity.signal import check_signal
+from fxmpq.sensitivity.signal import check_base, check_signal
+from fxmpq.sensitivity.sweep import Sweep, measuring
+from fxmpq.training.loss import LossFunction
+from fxmpq.work import Work
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
-def sqnr(graph: fx.GraphModule, batches: Iterable[Batch]) -> Sensitivity:
-    """Measure the output noise of every (group, precision), the rest of the network in float.
+def sqnr(
+    graph: fx.GraphModule,
+    batches: Iterable[Batch],
+    *,
+    score: Asked = "noise",
+    average: str = "ratio",
+    work: Work = Work(),
+) -> Sensitivity:
+    """Measure every (group, precision) alone, the rest of the network in float.
 
-    The value is `sum_n ||y_n(g, c) - y_n||^2 / sum_n ||y_n||^2` over all floating-point
-    outputs, the inverse of the SQNR as a ratio (phase 1 of Pandey et al. 2023,
-    arXiv:2302.05397, scored on the network's output).
+    Phase 1 of AMP (Pandey et al. 2023, arXiv:2302.05397), with ranges calibrated once rather
+    than once per entry. What is measured at the output:
+
+    | `score` | value of an entry | unit | needs labels |
+    |---|---|---|---|
+    | `"noise"` | noise over signal power, the inverse of the SQNR as a ratio | noise | no |
+    | `"kl"` | mean `KL(softmax(y) || softmax(y_q))` of the first output, in nats | loss | no |
+    | `loss(model, batch)` | the loss's increase over float | loss | if the loss does |
+    | a torchmetrics metric | its change for the worse, on the first output | loss | yes |
+
+    Noise is averaged over samples `n`, with floating-point outputs `y_n` and errors `e_n`:
+
+    | `average` | value | |
+    |---|---|---|
+    | `"ratio"` | `sum_n ||e_n||^2 / sum_n ||y_n||^2` | adds up over independent errors |
+    | `"samples"` | `mean_n (||e_n||^2 / ||y_n||^2)` | adds up; all samples count the same |
+    | `"sqnr"` | `1 / mean_n (||y_n||^2 / ||e_n||^2)` | the mean SQNR, as published |
+
+    The last is a ranking only: a sample with hardly any error outweighs the others, so each
+    counts for at most 120 dB.
 
     Cost: one forward pass per (group, precision), of which only the nodes downstream of the
-    group are run again; the float values of one batch are kept in memory. Needs no labels.
+    group are run again; the float values of one batch are kept in memory. A metric is computed
+    over all batches at once, entry by entry, so it also costs one float pass per group. No
+    training.
 
     Args:
         graph: A calibrated graph.
-        batches: What the model takes.
+        batches: What the model takes; with a loss, what the loss takes; with a metric, pairs
+            `(what the model takes, target)`.
+        score: What is measured.
+        average: How noise is averaged over samples; with `score="noise"` only.
+        work: Shows progress, and records one unit per (batch, group), or per group for a
+            metric.
 
     Returns:
-        Sensitivity without projections.
+        Sensitivity without projections. Increases of a loss may be negative.
+
+    Raises:
+        FxmpqError: If the score or the average is unknown, or the outputs do not fit the score.
+        CalibrationError: If there are no batches, or the float model's score is no number.
+
+    Examples:
+        >>> import fxmpq, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)).eval()
+        >>> batch = torch.randn(8, 4)
+        >>> graph = fxmpq.calibrate(fxmpq.prepare(fxmpq.trace(model, batch), "reference"), [batch])
+        >>> found = sqnr(graph, [batch])
+        >>> found.value("0", "w8a8") < found.value("0", "w2a8")
+        True
+        >>> sqnr(graph, [batch], score="kl").unit
+        'loss'
     """
     state = require(graph, stage="calibrated")
-    sweep = _Sweep(copy_graph(graph))
-    noise: dict[tuple[str, str], float] = defaultdict(float)
-    signal = 0.0
-    with torch.inference_mode(False), torch.no_grad():
-        for batch in batches:
-            reference = sweep.start(flat_inputs(graph, batch))
-            signal += float(reference.double().square().sum())
-            for group in state.groups:
-                for precision, outputs in sweep.outputs(group):
-                    error = (outputs - reference).double().square().sum()
-                    noise[group.name, str(precision)] += float(error)
-    check_signal(signal)
-    values = {
-        group.name: {str(c): noise[group.name, str(c)] / signal for c in group.candidates}
-        for group in state.groups
-    }
-    return Sensitivity(values, method="sqnr", fingerprint=state.fingerprint)
+    if average not in AVERAGES:
+        raise FxmpqError(f"no average {average!r} of noise; there are {', '.join(AVERAGES)}")
+    found = find_score(score)
+    if found is SCORES["noise"]:
+        found = AVERAGES[average]
+    elif average != "ratio":
+        raise FxmpqError(f"average={average!r} averages noise; it goes with score='noise' only")
+    values = increases(Sweep(graph), materialize(batches), found, work)
+    return Sensitivity(values, method="sqnr", fingerprint=state.fingerprint, unit=unit_of(found))
 
 
-class _Sweep(fx.Interpreter):
-    """Keeps every float value of one batch and re-runs what a group's change reaches."""
+def increases(
+    sweep: Sweep, batches: Sequence[Batch], score: Score, work: Work
+) -> dict[str, dict[str, float]]:
+    """The increase of a score over the base, for every single group at each candidate.
 
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph, garbage_collect_values=False)
-        self._graph = graph
-        self._samples = 0
-        self._float: dict[fx.Node, object] = {}
-        self._nodes = list(graph.graph.nodes)
-        self._downstream = {
-            group.name: self._reach(group) for group in require(graph, stage="calibrated").groups
+    Args:
+        sweep: Holds the graph and its base.
+        batches: What the score takes.
+        score: From `find_score`.
+        work: Records one unit per (batch, group), or per group for a metric.
+
+    Returns:
+        Group to precision name to increase; for a metric, its change for the worse.
+
+    Raises:
+        CalibrationError: If the base's score is no number.
+    """
+    with measuring():
+        if is_metric(score):
+            return _metric_increases(sweep, batches, score, work)
+        return _part_increases(sweep, batches, score, work)
+
+
+def _part_increases(
+    sweep: Sweep, batches: Sequence[Batch], score: OutputScore | LossFunction, work: Work
+) -> dict[str, dict[str, float]]:
+    groups = list(sweep.groups.values())
+    found = scorer(score, sweep)
+    base = weight = 0.0
+    sums = {group.name: [0.0] * len(group.candidates) for group in groups}
+    started = StartedOnce(found, batches[0])
+    units = [(index, group) for index in range(len(batches)) for group in groups]
+    for index, group in work.track(units, "sweep"):
+        if group is groups[0]:
+            started = StartedOnce(found, batches[index])
+            part, batch_weight = work.unit(f"batch {index}", started.base)
+            check_base(part)
+            base, weight = base + part, weight + batch_weight
+        parts = work.unit(f"batch {index}, {group.name}", partial(started.parts, _entries(group)))
+        sums[group.name] = [a + b for a, b in zip(sums[group.name], parts, strict=True)]
+    check_signal(weight)
+    finish = score.finish if isinstance(score, OutputScore) else float
+    return {
+        group.name: {
+            str(candidate): finish(total / weight) - finish(base / weight)
+            for candidate, total in zip(group.candidates, sums[group.name], strict=True)
         }
+        for group in groups
+    }
 
-    def start(self, inputs: list[object]) -> Tensor:
-        """Run the float graph on a batch and keep every value; returns flat outputs."""
-        self._samples = batch_size(inputs)
-        outputs = self.run(*inputs, enable_io_processing=False)
-        self._float = dict(self.env)
-        return flatten_outputs(outputs, self._samples)
 
-    def outputs(self, group: Group) -> Iterator[tuple[Precision, Tensor]]:
-        """Yield each candidate of a group and the flat outputs with only that switched on."""
-        for precision in group.candidates:
-            switch_group(self._graph, group, precision)
-            yield precision, flatten_outputs(self._rerun(group), self._samples)
-        switch_group(self._graph, group, Precision())
+def _metric_increases(
+    sweep: Sweep, batches: Sequence[Batch], metric: Metric, work: Work
+) -> dict[str, dict[str, float]]:
+    """Whole metrics, since one over several batches is not the sum of one per batch."""
+    pairs = [_pair(batch) for batch in batches]
+    sign = -1.0 if metric.higher_is_better else 1.0
+    (base,) = work.unit("base", partial(_metric_values, sweep, pairs, metric, [{}]))
+    check_base(base)
+    values = {}
+    for group in work.track(list(sweep.groups.values()), "sweep"):
+        entries = _entries(group)
+        found = work.unit(group.name, partial(_metric_values, sweep, pairs, metric, entries))
+        values[group.name] = {
+            str(candidate): sign * (value - base)
+            for candidate, value in zip(group.candidates, found, strict=True)
+        }
+    return values
 
-    def _reach(self, group: Group) -> list[fx.Node]:
-        """Nodes that depend on one of the group's quantizers, in graph order."""
-        own = set(group.activation_quantizers)
-        for layer in group.layers:
-            own |= {name for name in (layer.weight_quantizer, layer.bias_correction) if name}
-        reached: set[fx.Node] = set()
-        for node in self._nodes:
-            is_own = node.op == "call_module" and node.target in own
-            if is_own or any(source in reached for source in node.all_input_nodes):
-                reached.add(node)
-        return [node for node in self._nodes if node in reached]
 
-    def _rerun(self, group: Group) -> object:
-        """Run the nodes downstream of a group, on top of the float values."""
-        nodes = self._downstream[group.name]
-        last_use = {source: node for node in nodes for source in node.all_input_nodes}
-        self.env = dict(self._float)
-        result: object = self._float[self._nodes[-1]]
-        for node in nodes:
-            result = self.run_node(node)
-            self.env[node] = result
-            for source in node.all_input_nodes:
-                if last_use[source] is node and source in self.env:
-                    del self.env[source]
-        return result
+def _metric_values(
+    sweep: Sweep,
+    pairs: Sequence[tuple[Any, Any]],
+    metric: Metric,
+    entries: Sequence[dict[str, str]],
+) -> list[float]:
+    device = graph_device(sweep.network)
+    metrics = [metric.clone().to(device) for _ in entries]
+    for own in metrics:
+        own.reset()
+    for inputs, target in pairs:
+        sweep.start(flat_inputs(sweep.network, inputs))
+        truth = target.to(device) if isinstance(target, Tensor) else target
+        for own, changes in zip(metrics, entries, strict=True):
+            outputs = float_outputs(sweep.outputs(changes))
+            if not outputs:
+                raise FxmpqError("the model returns no floating-point output for the metric")
+            own.update(outputs[0], truth)
+    return [_scalar(own) for own in metrics]
+
+
+def _scalar(metric: Metric) -> float:
+    value = metric.compute()
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise FxmpqError(
+            f"{type(metric).__name__} computes {shape}; a score is one number, so average over "
+            "classes (average='macro') or outputs"
+        )
+    return float(value)
+
+
+def _pair(batch: Batch) -> tuple[Any, Any]:
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise FxmpqError(
+        "with a metric as score, a batch is a pair (what the model takes, target); found a "
+        f"{type(batch).__name__} of length {len(batch)}"
+    )
+
+
+def _entries(group: Group) -> list[dict[str, str]]:
+    return [{group.name: str(candidate)} for candidate in group.candidates]
