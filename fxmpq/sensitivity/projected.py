@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
-import torch
-from torch import Tensor, fx
+from numpy.typing import NDArray
+from torch import fx
 
-from fxmpq.formats import Precision
-from fxmpq.graph.attributes import get_tensor
-from fxmpq.graph.batches import Batch, batch_size, flat_inputs
-from fxmpq.graph.operators import OPERATORS, argument
-from fxmpq.graph.run import flatten_outputs
-from fxmpq.graph.samples import SampleStrides, samples_first, sum_per_sample
-from fxmpq.graph.state import Group, Layer, require
-from fxmpq.quantizers.modules import ActivationQuantizer
-from fxmpq.sensitivity.changes import WeightChanges, weight_changes
+from fxmpq.graph.batches import Batch, flat_inputs, materialize
+from fxmpq.graph.state import require
+from fxmpq.sensitivity.probes import check_probes
+from fxmpq.sensitivity.projection_pass import ProjectionPass
 from fxmpq.sensitivity.sensitivity import Sensitivity
-from fxmpq.sensitivity.signal import check_signal
-from fxmpq.sensitivity.weight_projection import WEIGHT_PROJECTIONS
-
-_Hook = Callable[[Tensor], None]
+from fxmpq.sensitivity.shards import ProjectionShard, join_shards, stack_rows
+from fxmpq.work import Work
 
 
 def projected(
-    graph: fx.GraphModule, batches: Iterable[Batch], *, probes: int = 1, seed: int = 0
+    graph: fx.GraphModule,
+    batches: Iterable[Batch],
+    *,
+    probes: int = 1,
+    seed: int = 0,
+    work: Work = Work(),
 ) -> Sensitivity:
     """Estimate the output noise of every (group, precision) from random output projections.
 
     To first order, setting group `g` to precision `c` moves the output `y_n` of sample `n` by
     `J_n d_n(g, c)`, with `d` the local errors (rounded weights and activations, corrected
     biases) at the outputs of the group's layers and quantizers. One backward pass from a
-    random sign vector `v` gives `v^T J_n` everywhere at once, hence
-    `a_n(g, c) = v^T J_n d_n(g, c)` for all groups and candidates, and `E_v[a_n^2] = ||J_n
+    random direction `v_n` (see `draw_probes`) gives `v_n^T J_n` everywhere at once, hence
+    `a_n(g, c) = v_n^T J_n d_n(g, c)` for all groups and candidates, and `E_v[a_n^2] = ||J_n
     d_n||^2`. The value is
 
         `sum_n mean_v a_n(g, c)^2 / sum_n ||y_n||^2`,
@@ -41,7 +39,9 @@ def projected(
     relative output noise power (dimensionless). The `a` themselves are returned as
     projections: their Gram matrix is the interaction between every two choices, positive
     semi-definite by construction. The relative standard error of a value is about
-    `sqrt(2 / (samples * probes))`.
+    `sqrt(2 / (samples * probes))` where all samples err alike: more where a few err most, less
+    the more errors lie along a sample's output, and none with as many probes as the next power
+    of two from the number of outputs.
 
     Cost: one forward pass and, per probe, one backward pass to the activations and one
     per-sample weight-gradient product, whatever the number of groups and candidates. Needs no
@@ -51,228 +51,86 @@ def projected(
     Args:
         graph: A calibrated graph.
         batches: What the model takes.
-        probes: Random vectors per sample.
-        seed: Seed of the random vectors; equal seeds give bit-identical results.
+        probes: Random directions per sample; more than make it exact are not drawn.
+        seed: Seed of the directions; equal seeds give bit-identical results.
+        work: Shows progress, and records one unit per batch.
 
     Returns:
-        Sensitivity with projections, one row per sample and probe.
+        Sensitivity with projections, one row per sample and probe. They do not depend on how
+        samples are batched, except in a layer over a table that belongs to no sample, whose
+        error a batch shares.
+
+    Raises:
+        FxmpqError: If there is no probe, or the seed is none.
+        CalibrationError: If there are no batches, or the outputs are zero, NaN or infinite.
+
+    Examples:
+        >>> import fxmpq, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)).eval()
+        >>> batch = torch.randn(8, 4)
+        >>> graph = fxmpq.calibrate(fxmpq.prepare(fxmpq.trace(model, batch), "reference"), [batch])
+        >>> found = projected(graph, [batch])
+        >>> found.value("0", "w8a8") < found.value("0", "w2a8")
+        True
+        >>> found.projections.shape == (8, len(found.entries))
+        True
+    """
+    return join_shards([project_shard(graph, batches, probes=probes, seed=seed, work=work)])
+
+
+def project_shard(
+    graph: fx.GraphModule,
+    batches: Iterable[Batch],
+    *,
+    probes: int = 1,
+    seed: int = 0,
+    first_sample: int = 0,
+    work: Work = Work(),
+) -> ProjectionShard:
+    """Project the local errors on some of the samples, as one of several processes.
+
+    A sample's directions follow from the seed and its number alone, so shards of the same
+    samples joined by `join_shards` give what `projected` gives on all of them. Every process
+    must measure the same calibrated graph.
+
+    Cost: as `projected`, on these samples.
+
+    Args:
+        graph: A calibrated graph.
+        batches: What the model takes; this shard's samples.
+        probes: Random directions per sample.
+        seed: Seed of the directions, the same for all shards.
+        first_sample: How many samples lie in the shards before this one.
+        work: Shows progress, and records one unit per batch.
+
+    Returns:
+        The shard; a frozen dataclass of arrays, which any transport between processes takes.
+
+    Raises:
+        FxmpqError: If there is no probe, or the seed or sample number is none.
+        CalibrationError: If there are no batches.
     """
     state = require(graph, stage="calibrated")
-    pass_ = _ProjectionPass(graph)
-    generator = torch.Generator().manual_seed(seed)
-    signal = 0.0
-    rows: list[Tensor] = []
-    for batch in batches:
-        inputs = flat_inputs(graph, batch)
-        batch_rows, batch_signal = pass_.project(inputs, probes, generator)
-        rows.append(batch_rows)
-        signal += batch_signal
-    check_signal(signal)
-    matrix = torch.cat(rows).double()
-    draws = len(matrix)
-    # Normalised so that the mean over rows of a squared entry is the value itself.
-    matrix *= (draws / probes / signal) ** 0.5
-    values = matrix.square().mean(dim=0).tolist()
-    entries = [(group.name, str(c)) for group in state.groups for c in group.candidates]
-    table: dict[str, dict[str, float]] = {}
-    for (group, precision), value in zip(entries, values, strict=True):
-        table.setdefault(group, {})[precision] = value
-    return Sensitivity(
-        table,
-        method="projected",
-        fingerprint=state.fingerprint,
-        projections=np.asarray(matrix.numpy()),
+    check_probes(probes, seed, first_sample)
+    found = materialize(batches)
+    entries = tuple((group.name, str(c)) for group in state.groups for c in group.candidates)
+    pass_ = ProjectionPass(graph)
+    rows: list[NDArray[np.float64]] = []
+    powers: list[NDArray[np.float64]] = []
+    following = first_sample
+    for index, batch in enumerate(work.track(found, "projecting")):
+        first = following
+
+        def compute(batch: Batch = batch, first: int = first) -> list[float]:
+            inputs = flat_inputs(graph, batch)
+            part, power = pass_.project(inputs, probes, seed=seed, first_sample=first)
+            return [float(len(power)), *power.tolist(), *part.flatten().tolist()]
+
+        numbers = np.asarray(work.unit(f"batch {index} from sample {first}", compute))
+        samples = int(numbers[0])
+        powers.append(numbers[1 : samples + 1])
+        rows.append(numbers[samples + 1 :].reshape(samples, -1, len(entries)))
+        following += samples
+    return ProjectionShard(
+        stack_rows(rows), np.concatenate(powers), first_sample, entries, state.fingerprint, seed
     )
-
-
-class _ProjectionPass(fx.Interpreter):
-    """Runs the float graph with hooks that turn gradients into projections as they arrive."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph)
-        state = require(graph, stage="calibrated")
-        self._graph = graph
-        self._layers: dict[str, tuple[Group, Layer]] = {}
-        self._quantizers: dict[str, Group] = {}
-        self._columns: dict[str, slice] = {}
-        width = 0
-        for group in state.groups:
-            self._columns[group.name] = slice(width, width + len(group.candidates))
-            width += len(group.candidates)
-            if group.candidates == (Precision(),):
-                continue
-            self._layers.update({layer.node: (group, layer) for layer in group.layers})
-            self._quantizers.update(dict.fromkeys(group.activation_quantizers, group))
-        self._width = width
-        self._strides = SampleStrides(graph)
-        self._samples = 0
-        self._rows = torch.empty(0)
-
-    def project(
-        self, inputs: list[object], probes: int, generator: torch.Generator
-    ) -> tuple[Tensor, float]:
-        """Project one batch: rows `[samples * probes, entries]`, and the output's power."""
-        self._samples = batch_size(inputs)
-        self._strides.start(self._samples)
-        with torch.inference_mode(False), torch.enable_grad():
-            outputs = self.run(*inputs, enable_io_processing=False)
-            flat = flatten_outputs(outputs, self._samples)
-            signal = float(flat.detach().double().square().sum())
-            rows = []
-            for probe in range(probes):
-                self._rows = torch.zeros(self._samples, self._width)
-                signs = torch.randint(0, 2, flat.shape, generator=generator).float() * 2 - 1
-                torch.autograd.backward(flat, signs.to(flat), retain_graph=probe + 1 < probes)
-                rows.append(self._rows)
-        return torch.cat(rows), signal
-
-    def get_attr(self, target: object, args: object, kwargs: object) -> object:
-        """Read a tensor without letting gradients flow into it."""
-        value = super().get_attr(target, args, kwargs)  # type: ignore[arg-type]
-        return value.detach() if isinstance(value, Tensor) else value
-
-    def run_node(self, n: fx.Node) -> object:
-        """Run one node; at layers and quantizers, wait for the gradient of the result."""
-        result = super().run_node(n)
-        self._strides.record(n, result)
-        if n.op == "call_module" and str(n.target) in self._quantizers:
-            assert isinstance(result, Tensor)
-            if result.requires_grad or not self._read_by_layers(n):
-                x = result.detach()
-                result = result.view_as(result) if result.requires_grad else x.clone()
-                _on_gradient(result.requires_grad_(), self._quantizer_hook(n, x))
-        elif n.name in self._layers:
-            assert isinstance(result, Tensor)
-            result = result if result.requires_grad else result.detach().requires_grad_()
-            _on_gradient(result, self._layer_hook(n))
-        return result
-
-    def _quantizer_hook(self, node: fx.Node, x: Tensor) -> _Hook:
-        """Adds `<gradient, Q_c(x) - x>` for every candidate of the owning group."""
-        group = self._quantizers[str(node.target)]
-        quantizer = self._graph.get_submodule(str(node.target))
-        stride = self._strides.stride(node)
-        assert isinstance(quantizer, ActivationQuantizer)
-
-        def hook(gradient: Tensor) -> None:
-            columns = self._rows[:, self._columns[group.name]]
-            for number_format in quantizer.formats:
-                error = quantizer.quantize(x, number_format) - x
-                products = self._per_sample(gradient * error, stride)
-                for index, candidate in enumerate(group.candidates):
-                    if candidate.activation == number_format:
-                        columns[:, index] += products
-
-        return hook
-
-    def _layer_hook(self, node: fx.Node) -> _Hook:
-        """Adds the projections of weight and bias changes for every candidate of the group."""
-        group, layer = self._layers[node.name]
-        operator = OPERATORS[node.target]
-        source = argument(node, operator.input)
-        assert isinstance(source, fx.Node)
-        x = self.env[source]
-        assert isinstance(x, Tensor)
-        # Nothing lies before the model's input: pushing its error forward through the layer is
-        # cheaper than a gradient with respect to the input.
-        push_input_error = layer.input_quantizer is not None and not x.requires_grad
-        x = x.detach()
-        strides = self._strides.stride(source), self._strides.stride(node)
-        rest = () if operator.bias is None else node.args[operator.bias + 1 :]
-
-        def hook(gradient: Tensor) -> None:
-            changes = weight_changes(self._graph, layer)
-            columns = self._rows[:, self._columns[group.name]]
-            for activation in dict.fromkeys(c.activation_bits for c in group.candidates):
-                seen = self._quantized_input(layer, x, activation)
-                found = self._weight_projections(layer, seen, gradient, changes, rest, strides)
-                if push_input_error and activation is not None:
-                    pushed = self._pushed(node, seen - x) * gradient
-                    found = found + self._per_sample(pushed, strides[1]).unsqueeze(1)
-                for index, candidate in enumerate(group.candidates):
-                    if candidate.activation_bits == activation and candidate.weight_bits:
-                        columns[:, index] += found[:, changes.bits.index(candidate.weight_bits)]
-
-        return hook
-
-    def _weight_projections(
-        self,
-        layer: Layer,
-        x: Tensor,
-        gradient: Tensor,
-        changes: WeightChanges,
-        arguments: Sequence[object],
-        strides: tuple[int | None, int | None],
-    ) -> Tensor:
-        rows = _rows_by_sample(layer.kind, x, gradient, strides, self._samples)
-        x, gradient = rows or (x, gradient)
-        samples = 1 if rows is None else self._samples
-        projection = WEIGHT_PROJECTIONS[layer.kind]
-        found = projection(x, gradient, changes.weights, arguments, samples)
-        if changes.shifts is not None:
-            channels = gradient if layer.kind == "linear" else gradient.movedim(1, -1)
-            per_channel = channels.reshape(samples, -1, channels.shape[-1]).sum(dim=1)
-            found = found + per_channel @ changes.shifts.T
-        return self._shared(found.cpu()) if rows is None else found.cpu()
-
-    def _read_by_layers(self, node: fx.Node) -> bool:
-        return all(reader.name in self._layers for reader in node.users)
-
-    def _pushed(self, node: fx.Node, error: Tensor) -> Tensor:
-        """What a change of a layer's input makes of its output."""
-        operator = OPERATORS[node.target]
-        assert callable(node.target)
-        args = list(node.args)
-        args[operator.input] = error
-        args[operator.weight] = get_tensor(self._graph, self._layers[node.name][1].weight).detach()
-        if operator.bias is not None and len(args) > operator.bias:
-            args[operator.bias] = None
-        pushed = node.target(*args, **node.kwargs)
-        assert isinstance(pushed, Tensor)
-        return pushed
-
-    def _quantized_input(self, layer: Layer, x: Tensor, activation: int | None) -> Tensor:
-        """The layer's input in an activation format, where a quantizer feeds it directly."""
-        if activation is None or layer.input_quantizer is None:
-            return x
-        quantizer = self._graph.get_submodule(layer.input_quantizer)
-        assert isinstance(quantizer, ActivationQuantizer)
-        formats = [f for f in quantizer.formats if f.bits == activation]
-        return quantizer.quantize(x, formats[0]) if formats else x
-
-    def _per_sample(self, products: Tensor, stride: int | None) -> Tensor:
-        """Sum products over everything but samples; a tensor shared by the batch is split."""
-        if stride is not None:
-            return sum_per_sample(products, stride, self._samples).cpu()
-        return self._shared(products.sum().reshape(1, 1).cpu()).reshape(-1)
-
-    def _shared(self, total: Tensor) -> Tensor:
-        """Spread one batch-wide projection so that its squares still add up to its square.
-
-        Probes are independent between samples, so the squared sum is already an unbiased
-        estimate of the sum of squares.
-        """
-        spread: Tensor = total.expand(self._samples, -1) / self._samples**0.5
-        return spread
-
-
-def _rows_by_sample(
-    kind: str,
-    x: Tensor,
-    gradient: Tensor,
-    strides: tuple[int | None, int | None],
-    samples: int,
-) -> tuple[Tensor, Tensor] | None:
-    """A layer's input and gradient with samples in front; `None` if samples share the rows."""
-    whole_maps = x.dim() - 1
-    rows = {"linear": (1, 1), "embedding": (0, 1)}.get(kind, (whole_maps, whole_maps))
-    if strides[0] is None or strides[1] is None:
-        return None
-    inputs = samples_first(x, strides[0], samples, rows[0])
-    slopes = samples_first(gradient, strides[1], samples, rows[1])
-    return None if inputs is None or slopes is None else (inputs, slopes)
-
-
-def _on_gradient(tensor: Tensor, hook: _Hook) -> None:
-    """Call `hook` with the gradient at a tensor as the backward pass reaches it."""
-    tensor.register_hook(hook)  # type: ignore[no-untyped-call]

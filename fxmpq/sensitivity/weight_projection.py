@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_WORKSPACE = 16 * 2**20
-"""Floats of scratch memory that one chunk of samples may take."""
+_WORKSPACE = 2**19
+"""Floats of scratch memory that one chunk of samples may take: what stays in a cache."""
 
 _KERNEL_HEAVY = 16
 """Weights per feature-map value above which convolving beats weight gradients (measured)."""
