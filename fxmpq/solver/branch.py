@@ -81,7 +81,7 @@ def branch(
     """
     if seconds <= 0:
         return Branched(None, complete=False, bound=0.0)
-    model = _model(solver)
+    model = new_model(solver)
     model.max_mip_gap_abs = allowed_gap * _SCALE
     columns = {
         option.key: model.add_var(var_type=mip.BINARY, obj=option.value / unit * _SCALE)
@@ -104,14 +104,45 @@ def branch(
     status = model.optimize(max_seconds=seconds)
     if status in _NONE_LEFT:
         return Branched(None, complete=True, bound=0.0)
-    proven = float(model.objective_bound or 0.0) / _SCALE
     if model.num_solutions == 0:
-        return Branched(None, complete=False, bound=max(proven, 0.0))
+        # What CBC gives as a bound then is its largest number.
+        return Branched(None, complete=False, bound=0.0)
+    proven = float(model.objective_bound or 0.0) / _SCALE
     chosen = tuple(
         max(group, key=lambda option: float(columns[option.key].x)) for group in instance.groups
     )
     complete = status == mip.OptimizationStatus.OPTIMAL
     return Branched(chosen, complete=complete, bound=max(proven, 0.0))
+
+
+def violated_cover(instance: Instance, chosen: Sequence[Option]) -> Cover:
+    """Find a cover inequality that cuts off a choice which exceeds a limit.
+
+    The fewest of the chosen options that exceed a limit with all others at their least cannot be
+    chosen together, nor can options of the same groups that take as much.
+
+    Args:
+        instance: The program.
+        chosen: One option a group, in the order of the groups.
+
+    Returns:
+        The inequality.
+    """
+    used = instance.usage(chosen)
+    row = next(row for row, limit in enumerate(instance.limits) if used[row] > limit)
+    floors = [min(option.costs[row] for option in group) for group in instance.groups]
+    left = instance.limits[row] - sum(floors)
+    picked = sorted(
+        zip(chosen, instance.groups, floors, strict=True),
+        key=lambda found: found[2] - found[0].costs[row],
+    )
+    keys: set[int] = set()
+    for most, (option, group, floor) in enumerate(picked):
+        keys |= {other.key for other in group if other.costs[row] >= option.costs[row]}
+        left -= option.costs[row] - floor
+        if left < 0:
+            return Cover(frozenset(keys), most)
+    raise AssertionError("the chosen options exceed the limit")
 
 
 def sharp_prices(relaxation: Relaxation, *, solver: str, seconds: float) -> Floats:
@@ -132,7 +163,7 @@ def sharp_prices(relaxation: Relaxation, *, solver: str, seconds: float) -> Floa
     best = prices = relaxation.single_price()
     reached, allowed = relaxation.bound(prices)[0], np.inf
     seen: set[tuple[int, ...]] = set()
-    model = _model(solver)
+    model = new_model(solver)
     model.sense = mip.MAXIMIZE
     height = model.add_var(obj=1.0, lb=-_STEEP, ub=_STEEP)
     priced = [model.add_var(ub=max(_STEEP, 4 * float(price))) for price in prices]
@@ -160,7 +191,15 @@ def sharp_prices(relaxation: Relaxation, *, solver: str, seconds: float) -> Floa
     return best
 
 
-def _model(solver: str) -> mip.Model:
+def new_model(solver: str) -> mip.Model:
+    """Make an empty, silent model that stops at nothing but the optimum.
+
+    Args:
+        solver: A key of `SOLVERS`.
+
+    Raises:
+        FxmpqError: If that solver is not installed.
+    """
     try:
         model = mip.Model(solver_name=SOLVERS[solver])
     except FileNotFoundError as error:

@@ -76,6 +76,7 @@ class Budget:
         limits: Bounds on costs.
         minimize: A cost to minimise instead of the loss.
         loss: The greatest loss allowed when a cost is minimised.
+        in_decibels: Whether that was asked for as an SQNR, so the loss must be a noise power.
 
     Examples:
         >>> budget = Budget.parse("weights=15%,bops=35G")
@@ -86,6 +87,7 @@ class Budget:
     limits: tuple[Limit, ...] = ()
     minimize: str | None = None
     loss: float | None = None
+    in_decibels: bool = False
 
     def __post_init__(self) -> None:
         if self.minimize is None and self.loss is not None:
@@ -125,6 +127,7 @@ class Budget:
         limits: list[Limit] = []
         minimize: str | None = None
         loss: float | None = None
+        in_decibels = False
         for name, value in entries:
             if name == "minimize":
                 minimize = str(value)
@@ -132,10 +135,11 @@ class Budget:
                 if loss is not None:
                     raise BudgetError("give the loss limit once, as 'loss' or as 'sqnr'")
                 number, _ = _amount(name, value, units=False)
-                loss = number if name == "loss" else 10 ** (-number / 10)
+                in_decibels = name == "sqnr"
+                loss = 10 ** (-number / 10) if in_decibels else number
             else:
                 limits.append(_limit(name, value))
-        return cls(tuple(limits), minimize, loss)
+        return cls(tuple(limits), minimize, loss, in_decibels)
 
     def __str__(self) -> str:
         parts = [limit.text for limit in self.limits]
@@ -146,7 +150,12 @@ class Budget:
     def to_json(self, path: str | Path | None = None) -> str:
         """Write as JSON; returns the text, and writes it to `path` if given."""
         limits = [vars(limit) for limit in self.limits]
-        fields = {"limits": limits, "minimize": self.minimize, "loss": self.loss}
+        fields = {
+            "limits": limits,
+            "minimize": self.minimize,
+            "loss": self.loss,
+            "in_decibels": self.in_decibels,
+        }
         return dump_json(SCHEMA, VERSION, fields, path)
 
     @classmethod
@@ -157,7 +166,7 @@ class Budget:
             FileFormatError: If it holds something else.
         """
         found = load_json(SCHEMA, VERSION, source)
-        check_fields(SCHEMA, found, {"limits"}, {"minimize", "loss"})
+        check_fields(SCHEMA, found, {"limits"}, {"minimize", "loss", "in_decibels"})
         entries = found["limits"]
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise FileFormatError(f"{SCHEMA}: 'limits' must be a list of objects")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 
@@ -37,17 +37,26 @@ class Instance:
         settled: Keys of options that every solution has.
         constant: Value of the settled options and of the shifts: what to add to the sum of
             values for the objective before the reduction.
+        rows: Which limit before the reduction each limit was, and what it was divided by; not
+            given where none was removed or divided.
     """
 
     groups: tuple[tuple[Option, ...], ...]
     limits: tuple[int, ...]
     settled: tuple[int, ...] = ()
     constant: int = 0
+    rows: tuple[tuple[int, int], ...] = ()
 
     @property
     def options(self) -> list[Option]:
         """All options, group by group."""
         return [option for group in self.groups for option in group]
+
+    def keeping(self, kept: Iterable[bool]) -> Instance:
+        """The instance with some of its options only: those of a true entry in `kept`."""
+        stays = iter(kept)
+        groups = tuple(tuple(option for option in group if next(stays)) for group in self.groups)
+        return replace(self, groups=groups)
 
     def usage(self, chosen: Iterable[Option]) -> tuple[int, ...]:
         """What a choice takes of each limit."""
@@ -153,9 +162,14 @@ def _normalised(instance: Instance, groups: Sequence[Sequence[Option]]) -> Insta
         )
         for group, floor in open_groups
     )
+    before = instance.rows or tuple((row, 1) for row in range(len(limits)))
     return Instance(
         groups=shifted,
         limits=tuple(limits[row] // divisor for row, divisor in zip(rows, divisors, strict=True)),
+        rows=tuple(
+            (before[row][0], before[row][1] * divisor)
+            for row, divisor in zip(rows, divisors, strict=True)
+        ),
         settled=(*instance.settled, *(group[0].key for group in groups if not group[1:])),
         constant=constant,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from fxmpq.artefact import build, check_fields, dump_json, load_json
 from fxmpq.errors import PlanError
 from fxmpq.formats import Precision
-from fxmpq.sensitivity.sensitivity import noise_to_db
+from fxmpq.sensitivity.sensitivity import UNITS, noise_to_db
 
 SCHEMA = "fxmpq.plan"
 VERSION = 1
@@ -29,7 +29,10 @@ class Plan:
         budget: As asked.
         method: Sensitivity method.
         fingerprint: Of the model; a plan is refused by another model's graph.
-        loss: Predicted loss, the sum of the choices' sensitivities.
+        program: Form of the bit-width program, a key of `PROGRAMS`.
+        loss: Predicted loss: the sum of the choices' sensitivities, with their interactions
+            where the program counts them.
+        unit: What the loss is; see `Sensitivity`.
         costs: Total per metric.
         relative: Share of the float model's total per metric.
         gap: Proven relative gap of the objective, `(objective - bound) / |objective|`.
@@ -38,7 +41,7 @@ class Plan:
         seconds: Wall time of the solver.
 
     Raises:
-        PlanError: If there are no choices, or a number is none or not finite.
+        PlanError: If there are no choices, the unit is unknown, or a number is none or not finite.
         PrecisionError: If a precision cannot be read.
 
     Examples:
@@ -51,8 +54,10 @@ class Plan:
     target: str | None = None
     budget: str | None = None
     method: str | None = None
+    program: str | None = None
     fingerprint: str | None = None
     loss: float | None = None
+    unit: str = "noise"
     costs: Mapping[str, float] = field(default_factory=dict)
     relative: Mapping[str, float] = field(default_factory=dict)
     gap: float | None = None
@@ -65,6 +70,8 @@ class Plan:
             raise PlanError("a plan needs a precision for at least one group")
         chosen = {str(group): str(Precision.parse(name)) for group, name in self.choices.items()}
         object.__setattr__(self, "choices", chosen)
+        if self.unit not in UNITS:
+            raise PlanError(f"no unit {self.unit!r} of a loss; there are {', '.join(UNITS)}")
         for name in ("layers", "costs", "relative"):
             object.__setattr__(self, name, dict(getattr(self, name)))
         self._check_numbers()
@@ -86,8 +93,8 @@ class Plan:
 
     @property
     def sqnr_db(self) -> float | None:
-        """Predicted output SQNR, `-10 log10(loss)` in dB, where the loss is a noise power."""
-        if self.loss is None:
+        """Predicted output SQNR, `-10 log10(loss)` in dB; `None` if the loss is no noise power."""
+        if self.loss is None or self.unit != "noise":
             return None
         return noise_to_db(self.loss)
 

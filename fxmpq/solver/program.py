@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,7 +16,7 @@ from fxmpq.errors import FxmpqError, InfeasibleBudgetError, closest
 from fxmpq.solver.branch import SOLVERS
 from fxmpq.solver.exact import Number, allowance, common_denominator, exact
 from fxmpq.solver.instance import Instance, Option
-from fxmpq.solver.search import find_optimum
+from fxmpq.solver.search import Start, find_optimum
 from fxmpq.solver.ties import Table, merge_ties
 
 
@@ -69,6 +69,76 @@ class Solution:
         return min(difference / (abs(self.objective) or difference), sys.float_info.max)
 
 
+@dataclass(frozen=True)
+class IntegerProgram:
+    """Tables in exact integers, and how to read a choice of theirs.
+
+    Args:
+        instance: Values are the objective times `scale`; limits that are infinite are left out.
+        entries: Groups and precision of every option, by its key.
+        scale: Makes every entry of the objective an integer.
+    """
+
+    instance: Instance
+    entries: tuple[tuple[tuple[str, ...], str], ...]
+    scale: int
+
+    @classmethod
+    def of(
+        cls, objective: Table, rows: Sequence[Row], ties: Sequence[Sequence[str]] = ()
+    ) -> IntegerProgram:
+        """Merge ties and find the integers.
+
+        Raises:
+            FxmpqError: If a row lacks an entry, a tie is unknown, or tied groups share no
+                precision.
+        """
+        _check_tables(objective, rows)
+        units, names = merge_ties(objective, ties)
+        values, scale = _integers(objective, units, names)
+        costs = [_limited(row, units, names) for row in rows if row.limit != math.inf]
+        keys = iter(range(len(values)))
+        groups = tuple(
+            tuple(
+                Option(key, values[key], tuple(column[key] for column, _ in costs))
+                for _, key in zip(found, keys, strict=False)
+            )
+            for found in names
+        )
+        entries = tuple(
+            (tuple(members), name)
+            for members, found in zip(units, names, strict=True)
+            for name in found
+        )
+        return cls(Instance(groups, tuple(limit for _, limit in costs)), entries, scale)
+
+    def choices(self, keys: Collection[int]) -> dict[str, str]:
+        """The precision of every group, given the keys of the options chosen."""
+        picked = [self.entries[key] for key in keys]
+        return {group: name for members, name in picked for group in members}
+
+    def keys(self, choices: Mapping[str, str]) -> frozenset[int]:
+        """The inverse of `choices`.
+
+        Raises:
+            FxmpqError: If a group has no choice or one it lacks, or tied ones differ.
+        """
+        found = {
+            key
+            for key, (members, name) in enumerate(self.entries)
+            if all(choices.get(group) == name for group in members)
+        }
+        for options in self.instance.groups:
+            if found.isdisjoint(option.key for option in options):
+                members = ", ".join(self.entries[options[0].key][0])
+                legal = ", ".join(self.entries[option.key][1] for option in options)
+                raise FxmpqError(
+                    f"the choices to start from give no precision that {members} may take "
+                    f"together; it may be {legal}"
+                )
+        return frozenset(found)
+
+
 def solve_program(
     objective: Table,
     rows: Sequence[Row],
@@ -77,6 +147,7 @@ def solve_program(
     solver: str = "cbc",
     time_limit: float = 60.0,
     max_gap: float = 0.0,
+    start: Mapping[str, str] | None = None,
 ) -> Solution:
     """Minimise `sum_g objective[g][c_g]` over one precision `c_g` a group, within all rows.
 
@@ -92,6 +163,8 @@ def solve_program(
         solver: `cbc` or `highs`.
         time_limit: Seconds, after which the best choice found is returned.
         max_gap: Relative gap at which the search may stop.
+        start: Precision per group to begin from, as the choices at a similar limit, to save time;
+            it need not be within the rows.
 
     Returns:
         The choices, with a proven bound.
@@ -99,7 +172,8 @@ def solve_program(
     Raises:
         InfeasibleBudgetError: If no choice is within all rows.
         BudgetError: If the time limit passed before any choice was found.
-        FxmpqError: If the solver's name or a tie is unknown, or tied groups share no precision.
+        FxmpqError: If the solver's name or a tie is unknown, tied groups share no precision, or
+            the start is no choice.
 
     Examples:
         >>> objective = {"a": {"w4a8": 1.0, "w8a8": 0.0}, "b": {"w4a8": 3.0, "w8a8": 0.0}}
@@ -109,40 +183,28 @@ def solve_program(
     """
     if solver not in SOLVERS:
         raise FxmpqError(f"no solver {solver!r}; there are {closest(solver, SOLVERS)}")
-    start = time.perf_counter()
-    _check_tables(objective, rows)
-    units, names = merge_ties(objective, ties)
-    values, scale = _integers(objective, units, names)
-    bounded = [row for row in rows if row.limit != math.inf]
-    costs = [_limited(row, units, names) for row in bounded]
-    keys = iter(range(len(values)))
-    groups = tuple(
-        tuple(
-            Option(key, values[key], tuple(column[key] for column, _ in costs))
-            for _, key in zip(found, keys, strict=False)
+    began = time.perf_counter()
+    program = IntegerProgram.of(objective, rows, ties)
+    known = None if start is None else Start(program.keys(start))
+    with keeping_torch_threads():
+        best = find_optimum(
+            program.instance,
+            solver=solver,
+            time_limit=time_limit,
+            max_gap=max_gap,
+            start=known,
         )
-        for found in names
-    )
-    instance = Instance(groups, tuple(limit for _, limit in costs))
-    with _keeping_torch_threads():
-        best = find_optimum(instance, solver=solver, time_limit=time_limit, max_gap=max_gap)
     if best is None:
         raise InfeasibleBudgetError("no choice is within all limits")
-    choices = {
-        group: name
-        for members, found, options in zip(units, names, groups, strict=True)
-        for name, option in zip(found, options, strict=True)
-        if option.key in best.keys
-        for group in members
-    }
+    choices = program.choices(best.keys)
     total = _total(objective[group][name] for group, name in choices.items())
     proven = best.bound >= best.objective
     return Solution(
         choices={group: choices[group] for group in objective},
         objective=total,
-        bound=total if proven else min(total, float(best.bound / scale)),
+        bound=total if proven else min(total, float(best.bound / program.scale)),
         status="optimal" if proven else "feasible",
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - began,
     )
 
 
@@ -192,8 +254,8 @@ def _integers(
 
 
 @contextmanager
-def _keeping_torch_threads() -> Iterator[None]:
-    """CBC sets the number of OpenMP threads of the whole process, torch's included."""
+def keeping_torch_threads() -> Iterator[None]:
+    """Give torch its threads back: CBC sets the number for the whole process."""
     threads = torch.get_num_threads()
     try:
         yield

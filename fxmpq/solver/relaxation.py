@@ -11,8 +11,9 @@ Problems, 2004, chapter 11). Any prices give valid bounds; good prices give shar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ Indices = NDArray[np.intp]
 _BISECTIONS = 60
 _STEEPEST = 1e30
 _ROUNDING = 1e-12
+_NEAR = 1e-9
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,18 @@ class Relaxation:
         rounding = _ROUNDING * (1 + gained + paid)
         return gained - paid - rounding, priced - least[self.group]
 
-    def single_price(self) -> Floats:
+    def single_price(self, near: float = 0.0) -> Floats:
         """The least price, the same for all limits, at which the cheapest options fit.
 
         With one limit these are the prices of the sharpest bound.
+
+        Args:
+            near: A price that may be it already, within `_NEAR` of it.
         """
         ones = np.ones(len(self.costs))
+        low, high = near * (1 - _NEAR), near * (1 + _NEAR)
+        if self._fits(self.cheapest(high * ones)) and not self._fits(self.cheapest(low * ones)):
+            return high * ones
         low, high = 0.0, 1e-6
         while high < _STEEPEST and not self._fits(self.cheapest(high * ones)):
             low, high = high, 16 * high
@@ -114,6 +122,41 @@ class Relaxation:
 
     def _fits(self, chosen: Indices) -> bool:
         return bool((self.costs[:, chosen].sum(axis=1) <= 1).all())
+
+
+def prices_per_cost(instance: Instance, prices: Floats, unit: int) -> dict[int, Fraction]:
+    """Express prices as value per cost of the program before its reduction.
+
+    Args:
+        instance: What the prices are for.
+        prices: A price per limit, for the whole of it, in units of `unit`.
+        unit: In values.
+
+    Returns:
+        Price by row of the original program.
+    """
+    return {
+        row: Fraction(float(price)) * unit / (limit * divisor)
+        for price, limit, (row, divisor) in zip(prices, instance.limits, instance.rows, strict=True)
+    }
+
+
+def prices_per_limit(instance: Instance, prices: Mapping[int, Fraction], unit: int) -> Floats:
+    """The inverse of `prices_per_cost`, 0 where a row has no price.
+
+    Args:
+        instance: What the prices shall be for.
+        prices: Price by row of the original program.
+        unit: In values.
+
+    Returns:
+        A price per limit.
+    """
+    wanted = [
+        prices.get(row, Fraction(0)) * limit * divisor / unit
+        for limit, (row, divisor) in zip(instance.limits, instance.rows, strict=True)
+    ]
+    return np.array([float(min(price, Fraction(_STEEPEST))) for price in wanted])
 
 
 def improved(instance: Instance, chosen: Sequence[Option]) -> list[Option]:

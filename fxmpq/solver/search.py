@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fxmpq.errors import BudgetError
-from fxmpq.solver.branch import Branched, Cover, branch, sharp_prices
+from fxmpq.solver.branch import Branched, Cover, branch, sharp_prices, violated_cover
+from fxmpq.solver.exchange import exchanged
 from fxmpq.solver.instance import Instance, Option, reduce_instance
-from fxmpq.solver.relaxation import Floats, Relaxation, improved
+from fxmpq.solver.lists import best_by_lists
+from fxmpq.solver.relaxation import (
+    Floats,
+    Relaxation,
+    improved,
+    prices_per_cost,
+    prices_per_limit,
+)
 
 # How many options beyond one a group the first core has.
 _CORE = 100
@@ -29,23 +36,47 @@ class Found:
         keys: Key of the chosen option of every group.
         objective: Its sum of values.
         bound: No choice has a smaller one.
+        prices: On every limit, in units of value per unit of cost, whose bound proved it.
     """
 
     keys: frozenset[int]
     objective: int
     bound: Fraction
+    prices: tuple[Fraction, ...] = ()
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the answer to a similar program tells of this one: same options, other limits.
+
+    Args:
+        keys: A choice to begin with; if it does not keep all limits, it is of use where an
+            exchange of one or two options makes it.
+        prices: On every limit, of which the bound may be sharp here too; none if empty.
+        floor: A bound on the objective that holds here, if one is known.
+    """
+
+    keys: frozenset[int]
+    prices: tuple[Fraction, ...] = ()
+    floor: int | None = None
 
 
 def find_optimum(
-    instance: Instance, *, solver: str, time_limit: float, max_gap: float
+    instance: Instance,
+    *,
+    solver: str,
+    time_limit: float,
+    max_gap: float,
+    start: Start | None = None,
 ) -> Found | None:
     """Find the choice of least value that keeps all limits.
 
-    A first choice comes from prices on the limits. They also bound from below what any choice
-    with a given option costs, so only options whose bound lies under the best choice matter.
-    The integer program is first solved on a core, the options of least reduced cost, which
-    gives a better choice and rules out more; then on all options that remain, which proves
-    the optimum (Balas and Zemel, 1980; Pisinger, 1995).
+    A first choice comes from prices on the limits, or from `start`. The prices also bound from
+    below what any choice with a given option costs, so only options whose bound lies under the
+    best choice matter. Where few are left, exact lists of partial choices prove the optimum
+    (`best_by_lists`). Else the integer program is first solved on a core, the options of least
+    reduced cost, which gives a better choice and rules out more; then on all options that
+    remain, which proves the optimum (Balas and Zemel, 1980; Pisinger, 1995).
 
     Solvers allow sums to exceed limits by a tolerance. Solutions are therefore checked in
     integers, and one that exceeds a limit is cut off by the cover inequality it violates.
@@ -55,6 +86,7 @@ def find_optimum(
         solver: `cbc` or `highs`.
         time_limit: In seconds.
         max_gap: Relative gap at which to stop.
+        start: From the optimum of other limits, to save time.
 
     Returns:
         The optimum, or the best choice found in time; `None` if no choice keeps all limits.
@@ -62,14 +94,21 @@ def find_optimum(
     Raises:
         BudgetError: If time ran out before any choice was found.
     """
-    reduced = reduce_instance(instance)
-    if reduced is None:
-        return None
-    search = _Search(reduced, solver, time_limit, max_gap)
-    if not search.start():
-        return None
+    search = _Search(instance, solver, time_limit, max_gap)
+    if start is None or not search.resume(start.keys):
+        reduced = reduce_instance(instance)
+        if reduced is None:
+            return None
+        search = _Search(reduced, solver, time_limit, max_gap)
+        if not search.start():
+            return None
+    if start is not None:
+        search.prices.update(enumerate(start.prices))
+        if start.floor is not None:
+            search.raise_bound(start.floor)
     search.improve()
-    return Found(search.keys, search.objective, search.bound)
+    prices = tuple(search.prices.get(row, Fraction(0)) for row in range(len(instance.limits)))
+    return Found(search.keys, search.objective, search.bound, prices)
 
 
 class _Search:
@@ -78,7 +117,9 @@ class _Search:
     def __init__(self, instance: Instance, solver: str, seconds: float, max_gap: float) -> None:
         self.keys: frozenset[int] = frozenset()
         self.objective = 0
-        self.bound = Fraction(instance.constant)
+        least = sum(option.value for option in _least(instance))
+        self.bound = Fraction(instance.constant + least)
+        self.prices: dict[int, Fraction] = {}
         self._instance = instance
         self._solver = solver
         self._seconds = seconds
@@ -89,6 +130,14 @@ class _Search:
             option.key: index for index, group in enumerate(instance.groups) for option in group
         }
         self._option = {option.key: option for option in instance.options}
+
+    def resume(self, keys: Collection[int]) -> bool:
+        """Take a choice given by its keys, or the nearest one; false if no near one fits."""
+        chosen = [self._option[key] for key in sorted(keys, key=self._group.__getitem__)]
+        near = exchanged(self._instance, chosen)
+        if near is not None:
+            self._take(near)
+        return near is not None
 
     def start(self) -> bool:
         """Find a first choice; false if there is none."""
@@ -107,7 +156,7 @@ class _Search:
         # Without an objective the solver stops at the first choice that keeps the limits.
         answer = self._branch(_without_values(self._instance), unit=1)
         if answer.chosen is not None:
-            self._take(self._options(answer.chosen, self._instance))
+            self._take(answer.chosen)
         elif not answer.complete:
             raise BudgetError(
                 f"{self._solver} found no choice within all limits in {self._seconds:g} s, and did "
@@ -117,6 +166,8 @@ class _Search:
 
     def improve(self) -> None:
         """Improve the choice until it is proven, close enough, or time is out."""
+        if self._is_good_enough():
+            return
         remaining = reduce_instance(self._instance, self.objective - 1)
         if remaining is None:
             self.bound = Fraction(self.objective)
@@ -127,8 +178,15 @@ class _Search:
             return
         unit = self.objective - remaining.constant
         relaxation = Relaxation.of(remaining, unit)
-        lower, reduced = relaxation.bound(self._prices(relaxation))
-        self._raise_bound(remaining.constant + Fraction(lower) * unit)
+        known = prices_per_limit(remaining, self.prices, unit)
+        if len(known) > 1 and known.any() and self._is_listed(remaining, relaxation, known, unit):
+            return
+        prices = self._prices(relaxation, known)
+        self.prices.update(prices_per_cost(remaining, prices, unit))
+        lower, reduced = relaxation.bound(prices)
+        self.raise_bound(remaining.constant + Fraction(lower) * unit)
+        if self._is_good_enough() or self._is_listed(remaining, relaxation, prices, unit):
+            return
         extra = len(relaxation.starts) + _CORE
         reach = float(np.partition(reduced, extra)[extra]) if extra < len(reduced) else np.inf
         complete, last = True, False
@@ -136,11 +194,25 @@ class _Search:
             slack = float(Fraction(self.objective - remaining.constant, unit)) - lower
             # Options out of reach are in no choice better than the one there is.
             last = reach >= slack
-            bound, complete = self._solve_core(_restrict(remaining, reduced <= min(reach, slack)))
+            bound, complete = self._solve_core(remaining.keeping(reduced <= min(reach, slack)))
             if not last:
                 bound = min(bound, remaining.constant + Fraction(lower + reach) * unit)
-            self._raise_bound(bound)
+            self.raise_bound(bound)
             reach = slack
+
+    def _is_listed(
+        self, remaining: Instance, relaxation: Relaxation, prices: Floats, unit: int
+    ) -> bool:
+        """Whether lists of partial choices, which may give a better one, prove the best."""
+        if time.monotonic() >= self._deadline:
+            return False
+        most = self.objective - remaining.constant - 1
+        listed = best_by_lists(remaining, relaxation, prices, unit=unit, most=most)
+        if listed.chosen is not None:
+            self._take(self._options(listed.chosen, remaining))
+        if listed.complete:
+            self.bound = Fraction(self.objective)
+        return listed.complete
 
     def _solve_core(self, restricted: Instance) -> tuple[Fraction, bool]:
         """Look for a better choice in a part; returns its lower bound and whether it is proven."""
@@ -152,10 +224,8 @@ class _Search:
             return Fraction(self.objective), True
         unit = self.objective - core.constant
         answer = self._branch(core, unit=unit)
-        if answer.chosen is not None:
-            better = self._options(answer.chosen, core)
-            if sum(option.value for option in better) < self.objective - self._instance.constant:
-                self._take(better)
+        if answer.chosen is not None and self._total(answer.chosen) < self.objective:
+            self._take(answer.chosen)
         if (self.objective - core.constant) * _COARSE < unit:
             # Differences this far below the scale are lost to the solver: look again, closer.
             return self._solve_core(restricted)
@@ -164,7 +234,10 @@ class _Search:
         return core.constant + Fraction(answer.bound) * unit, answer.complete
 
     def _branch(self, instance: Instance, *, unit: int) -> Branched:
-        """Solve by the integer program until the answer keeps all limits without rounding."""
+        """Solve a part by the integer program until the answer keeps all limits without rounding.
+
+        The choice is one of the whole instance.
+        """
         allowed = Fraction(self._max_gap) * abs(self.objective) / unit
         while True:
             answer = branch(
@@ -179,29 +252,16 @@ class _Search:
                 return answer
             chosen = self._options(answer.chosen, instance)
             if self._instance.is_met_by(chosen):
-                return answer
-            self._covers.append(self._violated_cover(chosen))
+                return replace(answer, chosen=tuple(chosen))
+            near = exchanged(self._instance, chosen) if allowed else None
+            most = instance.constant + (Fraction(answer.bound) + allowed) * unit
+            if near is not None and self._total(near) <= most:
+                return replace(answer, chosen=tuple(near))
+            self._covers.append(violated_cover(self._instance, chosen))
 
-    def _violated_cover(self, chosen: Sequence[Option]) -> Cover:
-        """The fewest of the chosen options that exceed a limit with all others at their least.
-
-        Options of the same groups that take as much cannot be chosen together either.
-        """
-        used = self._instance.usage(chosen)
-        row = next(row for row, limit in enumerate(self._instance.limits) if used[row] > limit)
-        left = self._instance.limits[row]
-        keys: set[int] = set()
-        for most, option in enumerate(sorted(chosen, key=lambda option: -option.costs[row])):
-            group = self._instance.groups[self._group[option.key]]
-            keys |= {other.key for other in group if other.costs[row] >= option.costs[row]}
-            left -= option.costs[row]
-            if left < 0:
-                return Cover(frozenset(keys), most)
-        raise AssertionError("the chosen options exceed the limit")
-
-    def _prices(self, relaxation: Relaxation) -> Floats:
-        if len(relaxation.costs) == 1:
-            return relaxation.single_price()
+    def _prices(self, relaxation: Relaxation, known: Floats) -> Floats:
+        if len(known) == 1:
+            return relaxation.single_price(near=float(known[0]))
         seconds = self._deadline - time.monotonic()
         return sharp_prices(relaxation, solver=self._solver, seconds=seconds)
 
@@ -213,10 +273,14 @@ class _Search:
     def _take(self, chosen: Sequence[Option]) -> None:
         best = improved(self._instance, chosen)
         self.keys = frozenset(self._instance.settled).union(option.key for option in best)
-        self.objective = self._instance.constant + sum(option.value for option in best)
+        self.objective = self._total(best)
 
-    def _raise_bound(self, bound: Fraction) -> None:
-        self.bound = min(max(self.bound, bound), Fraction(self.objective))
+    def _total(self, chosen: Sequence[Option]) -> int:
+        return self._instance.constant + sum(option.value for option in chosen)
+
+    def raise_bound(self, bound: Fraction | int) -> None:
+        """Take note of a lower bound."""
+        self.bound = min(max(self.bound, Fraction(bound)), Fraction(self.objective))
 
     def _is_good_enough(self) -> bool:
         return self.objective - self.bound <= Fraction(self._max_gap) * abs(self.objective)
@@ -228,10 +292,4 @@ def _least(instance: Instance) -> list[Option]:
 
 def _without_values(instance: Instance) -> Instance:
     groups = tuple(tuple(option._replace(value=0) for option in group) for group in instance.groups)
-    return replace(instance, groups=groups)
-
-
-def _restrict(instance: Instance, kept: NDArray[np.bool_]) -> Instance:
-    stays = iter(kept.tolist())
-    groups = tuple(tuple(option for option in group if next(stays)) for group in instance.groups)
     return replace(instance, groups=groups)

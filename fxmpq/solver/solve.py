@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 from fxmpq.costs.table import CostTable
-from fxmpq.errors import FxmpqError, InfeasibleBudgetError
+from fxmpq.errors import BudgetError, InfeasibleBudgetError
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.solver.budget import Budget, infeasible_message
 from fxmpq.solver.plan import Plan
+from fxmpq.solver.planning import check_tables, plan_of
 from fxmpq.solver.program import Row, solve_program
+from fxmpq.solver.programs import PROGRAMS, check_program, program_of
 from fxmpq.solver.ties import smallest
 
 
@@ -19,25 +21,31 @@ def solve(
     costs: CostTable,
     budget: str | Mapping[str, object] | Budget,
     *,
+    program: str | None = None,
     ties: Sequence[Sequence[str]] = (),
     solver: str = "cbc",
     time_limit: float = 60.0,
     max_gap: float = 0.0,
+    **options: object,
 ) -> Plan:
     """Choose the precision of every group that loses least within a budget.
 
     Minimises the summed sensitivity under the budget's limits, or, for a budget with
     `minimize=`, a cost under a limit on the summed sensitivity. The optimum is proven: the
-    plan holds the bound and the gap.
+    plan holds the bound and the gap. Other forms of the program count interactions
+    (`quadratic`) or are those of published methods (`greedy`, `lp`, `knapsack`).
 
     Args:
         sensitivity: Of every group and precision.
         costs: Of the same groups and precisions.
         budget: As `Budget.parse` reads it.
+        program: A key of `PROGRAMS`; the sensitivity method's own if `None`, which is `ilp` but
+            for `pairwise`.
         ties: Groups that must take the same precision.
         solver: `cbc` or `highs`.
         time_limit: Seconds, after which the best plan found is returned as `feasible`.
         max_gap: Relative gap at which the solver may stop.
+        **options: Of the program, as `rounding="search"` for `lp`.
 
     Returns:
         The plan.
@@ -45,7 +53,10 @@ def solve(
     Raises:
         InfeasibleBudgetError: If nothing meets the budget, with each limit and the smallest
             value reachable.
-        FxmpqError: If the tables do not belong together.
+        BudgetError: If the budget asks for an SQNR and the sensitivity is no noise power, or
+            minimises a cost in another program than `ilp`.
+        FxmpqError: If the tables do not belong together, or the program or an option is
+            unknown.
 
     Examples:
         >>> sensitivity = Sensitivity({"a": {"w4a8": 0.1, "w8a8": 0.0}})
@@ -53,42 +64,49 @@ def solve(
         >>> solve(sensitivity, costs, {"weights": 60}).choices
         {'a': 'w4a8'}
     """
-    _check_tables(sensitivity, costs)
+    check_tables(sensitivity, costs)
     wanted = Budget.parse(budget)
+    form = program or (program_of(sensitivity.method) if wanted.minimize is None else "ilp")
+    check_program(form, options)
+    _check_budget(wanted, sensitivity, form)
     limits = wanted.resolve(costs)
     wanted.check_feasible(costs)
     rows = [
         Row(costs.costs[limit.metric], limit.amount - costs.fixed.get(limit.metric, 0))
         for limit in limits
     ]
-    objective = sensitivity.values
-    if wanted.minimize is not None and wanted.loss is not None:
-        objective = costs.costs[wanted.minimize]
-        rows.append(Row(sensitivity.values, wanted.loss))
+    shared = {"ties": ties, "solver": solver, "time_limit": time_limit, "max_gap": max_gap}
+    minimized = wanted.minimize
     try:
-        found = solve_program(
-            objective, rows, ties=ties, solver=solver, time_limit=time_limit, max_gap=max_gap
-        )
+        if minimized is not None and wanted.loss is not None:
+            rows.append(Row(sensitivity.values, wanted.loss))
+            found = solve_program(costs.costs[minimized], rows, **shared)  # type: ignore[arg-type]
+        else:
+            found = PROGRAMS[form](sensitivity, costs, rows, **shared, **options)
     except InfeasibleBudgetError as error:
         raise InfeasibleBudgetError(_explain(wanted, sensitivity, costs, ties)) from error
-    totals = {metric: costs.total(metric, found.choices) for metric in costs.metrics}
-    return Plan(
-        choices=found.choices,
+    summed = math.fsum(sensitivity.values[group][name] for group, name in found.choices.items())
+    return plan_of(
+        found,
+        sensitivity,
+        costs,
         budget=str(wanted),
-        method=sensitivity.method,
-        fingerprint=sensitivity.fingerprint or costs.fingerprint,
-        loss=math.fsum(sensitivity.values[group][name] for group, name in found.choices.items()),
-        costs=totals,
-        relative={
-            metric: total / costs.float_total[metric]
-            for metric, total in totals.items()
-            if costs.float_total.get(metric)
-        },
-        gap=found.gap,
-        bound=found.bound,
-        status=found.status,
-        seconds=found.seconds,
+        program=form,
+        loss=summed if minimized is not None else found.objective,
     )
+
+
+def _check_budget(budget: Budget, sensitivity: Sensitivity, form: str) -> None:
+    if budget.minimize is not None and form != "ilp":
+        raise BudgetError(
+            f"minimising {budget.minimize!r} is a program of its own; ask for it with "
+            f"program='ilp' instead of {form!r}"
+        )
+    if budget.in_decibels and sensitivity.unit != "noise":
+        raise BudgetError(
+            f"the budget limits the SQNR, and the method {sensitivity.method!r} measures a "
+            f"{sensitivity.unit}; limit that with 'loss=', or measure with 'projected' or 'sqnr'"
+        )
 
 
 def _explain(
@@ -104,23 +122,3 @@ def _explain(
             "Raise the limit, or allow candidates with more bits."
         )
     return f"{infeasible_message(budget.resolve(costs), costs, ties)}\n{limit}"
-
-
-def _check_tables(sensitivity: Sensitivity, costs: CostTable) -> None:
-    if set(sensitivity.values) != set(costs.groups):
-        difference = sorted(set(sensitivity.values) ^ set(costs.groups))
-        raise FxmpqError(
-            f"sensitivity and costs cover different groups; only one of them has {difference[:5]}"
-        )
-    for group, row in sensitivity.values.items():
-        if set(row) != set(costs.precisions(group)):
-            raise FxmpqError(
-                f"group {group!r} has sensitivities for {', '.join(row)} but costs for "
-                f"{', '.join(costs.precisions(group))}"
-            )
-    prints = {sensitivity.fingerprint, costs.fingerprint} - {None}
-    if len(prints) > 1:
-        raise FxmpqError(
-            "sensitivity and costs were made from different models: fingerprints "
-            f"{sensitivity.fingerprint} and {costs.fingerprint}"
-        )

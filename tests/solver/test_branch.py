@@ -6,10 +6,12 @@ from typing import Any
 import mip
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fxmpq.errors import FxmpqError
 from fxmpq.solver import branch as module
-from fxmpq.solver.branch import SOLVERS, Cover, branch, sharp_prices
+from fxmpq.solver.branch import SOLVERS, Cover, branch, sharp_prices, violated_cover
 from fxmpq.solver.instance import Instance, Option
 from fxmpq.solver.relaxation import Relaxation
 
@@ -132,3 +134,44 @@ def test_a_solver_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.M
     monkeypatch.setattr(module.mip, "Model", missing)
     with pytest.raises(FxmpqError, match=r"pip install 'mip\[highs\]'.*solver='cbc'"):
         branch(INSTANCE, [], solver="highs", seconds=10, unit=10)
+
+
+@given(data=st.data())
+def test_a_cover_cuts_off_what_exceeds_a_limit_and_nothing_else(data: st.DataObject) -> None:
+    """Whatever the least cost of a group is, also below zero."""
+    cost = st.integers(-5, 9)
+    rows = data.draw(st.integers(1, 2))
+    groups = tuple(
+        tuple(
+            Option(4 * group + index, 0, tuple(data.draw(cost) for _ in range(rows)))
+            for index in range(data.draw(st.integers(1, 3)))
+        )
+        for group in range(data.draw(st.integers(1, 4)))
+    )
+    limits = tuple(data.draw(st.integers(-6, 20)) for _ in range(rows))
+    instance = Instance(groups, limits)
+    for chosen in itertools.product(*groups):
+        if instance.is_met_by(chosen):
+            continue
+        cover = violated_cover(instance, chosen)
+        assert sum(option.key in cover.keys for option in chosen) > cover.most
+        for other in itertools.product(*groups):
+            if instance.is_met_by(other):
+                assert sum(option.key in cover.keys for option in other) <= cover.most
+
+
+def test_a_solver_that_stops_without_a_solution_proves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """CBC then names its largest number as the bound."""
+
+    class Stopped(mip.Model):
+        num_solutions = 0
+        objective_bound = 1.7976931348623157e308
+
+        def optimize(self, **_: object) -> mip.OptimizationStatus:
+            return mip.OptimizationStatus.NO_SOLUTION_FOUND
+
+    monkeypatch.setattr(module, "new_model", lambda solver: Stopped(solver_name=mip.CBC))
+    answer = branch(INSTANCE, [], solver="cbc", seconds=10, unit=10)
+    assert (answer.chosen, answer.complete, answer.bound) == (None, False, 0.0)

@@ -226,3 +226,10 @@ def test_other_content_is_refused(limits: str) -> None:
     text = f'{{"schema": "fxmpq.budget", "version": 1, "limits": {limits}}}'
     with pytest.raises(FileFormatError, match=r"fxmpq\.budget"):
         Budget.from_json(text)
+
+
+def test_a_budget_remembers_that_it_was_asked_for_in_decibels() -> None:
+    asked = Budget.parse("minimize=weights,sqnr=20")
+    assert (asked.loss, asked.in_decibels) == (pytest.approx(0.01), True)
+    assert not Budget.parse("minimize=weights,loss=0.01").in_decibels
+    assert Budget.from_json(asked.to_json()) == asked

@@ -78,3 +78,33 @@ def test_limits_are_rounded_down_to_what_sums_can_reach() -> None:
     assert reduced is not None
     assert reduced.limits == (4,)
     assert [option.costs for option in reduced.options] == [(2,), (0,), (3,), (0,)]
+
+
+@given(instance=instances(), ceiling=st.integers(-10, 20))
+def test_rows_name_the_limits_before_and_what_divided_them(
+    instance: Instance, ceiling: int
+) -> None:
+    """Also of an instance that was reduced before."""
+    reduced = reduce_instance(instance)
+    again = None if reduced is None else reduce_instance(reduced, ceiling)
+    before = {option.key: option for option in instance.options}
+    for found in (reduced, again):
+        if found is None:
+            continue
+        assert len(found.rows) == len(found.limits)
+        for place, (row, divisor) in enumerate(found.rows):
+            for group in found.groups:
+                shifts = {
+                    before[option.key].costs[row] - option.costs[place] * divisor
+                    for option in group
+                }
+                assert len(shifts) == 1
+
+
+@given(instance=instances(), data=st.data())
+def test_only_the_options_kept_remain(instance: Instance, data: st.DataObject) -> None:
+    kept = [data.draw(st.booleans()) for _ in instance.options]
+    found = instance.keeping(kept)
+    assert found.options == [o for o, stays in zip(instance.options, kept, strict=True) if stays]
+    assert len(found.groups) == len(instance.groups)
+    assert (found.limits, found.constant) == (instance.limits, instance.constant)

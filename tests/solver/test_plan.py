@@ -120,3 +120,11 @@ def test_a_file_that_holds_something_else_is_refused(changes: dict[str, Any], me
 def test_a_file_without_choices_is_refused() -> None:
     with pytest.raises(FileFormatError, match=r"missing fields \['choices'\]"):
         Plan.from_json('{"schema": "fxmpq.plan", "version": 1}')
+
+
+@pytest.mark.parametrize("unit", ["loss", "score"])
+def test_only_a_noise_power_has_decibels(unit: str) -> None:
+    assert Plan({"a": "w8a8"}, loss=0.01, unit=unit).sqnr_db is None
+    assert Plan({"a": "w8a8"}, loss=0.01).sqnr_db == pytest.approx(20)
+    with pytest.raises(PlanError, match="no unit 'nats' of a loss; there are noise, loss, score"):
+        Plan({"a": "w8a8"}, unit="nats")

@@ -6,15 +6,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fxmpq.errors import FxmpqError, InfeasibleBudgetError
+from fxmpq.solver import lists
 from fxmpq.solver.program import Row, Solution, solve_program
 from fxmpq.solver.ties import Table
 
 NAMES = ("w2a8", "w3a8", "w4a8", "w6a8", "w8a8")
 SOLVERS = ("cbc", "highs")
+PER_TEST = HealthCheck.function_scoped_fixture
 Instance = tuple[dict[str, dict[str, float]], list[Row], list[list[str]]]
 
 small = st.integers(-3, 3).map(float)
@@ -85,13 +87,20 @@ def check(solution: Solution, instance: Instance, expected: float) -> None:
     assert (solution.status, solution.gap) == ("optimal", 0.0)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@settings(max_examples=150, deadline=None)
+@pytest.fixture(params=[*SOLVERS, "lists"])
+def solver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A solver that is not spared the work, or the exact lists that do so with these sizes."""
+    if request.param == "lists":
+        return "cbc"
+    monkeypatch.setattr(lists, "_MOST", 0)
+    return str(request.param)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[PER_TEST])
 @given(instance=instances())
 def test_the_optimum_is_that_of_enumeration(solver: str, instance: Instance) -> None:
     objective, rows, ties = instance
-    expected = optimum(*instance)
-    if expected == math.inf:
+    if (expected := optimum(*instance)) == math.inf:
         with pytest.raises((InfeasibleBudgetError, FxmpqError), match=r"limit|share no precision"):
             solve_program(objective, rows, ties=ties, solver=solver)
     else:
@@ -106,16 +115,13 @@ def near_misses(count: int) -> Instance:
     return losses, [Row(sizes, count // 2 * 10**8)], []
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
 def test_a_choice_that_only_a_tolerance_lets_through_is_cut_off(solver: str) -> None:
-    instance = near_misses(4)
-    losses, rows, _ = instance
+    losses, rows, _ = instance = near_misses(4)
     found = solve_program(losses, rows, solver=solver)
     check(found, instance, optimum(*instance))
     assert sorted(found.choices.values()) == ["w2a8"] * 3 + ["w8a8"]
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
 def test_many_choices_that_a_tolerance_lets_through_do_not_spoil_the_proof(solver: str) -> None:
     losses, rows, _ = near_misses(24)
     found = solve_program(losses, rows, solver=solver)
@@ -124,7 +130,6 @@ def test_many_choices_that_a_tolerance_lets_through_do_not_spoil_the_proof(solve
     assert (found.status, found.objective, found.bound) == ("optimal", best, best)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
 def test_what_is_infeasible_by_less_than_a_tolerance_is_infeasible(solver: str) -> None:
     large = 10**9 + 1
     groups = ("a", "b", "c")
@@ -137,7 +142,6 @@ def test_what_is_infeasible_by_less_than_a_tolerance_is_infeasible(solver: str) 
     assert sorted(choices.values()) == ["w2a8", "w8a8", "w8a8"]
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
 def test_an_optimum_far_below_the_first_guess_is_exact(solver: str) -> None:
     """One price for all limits makes group `a` give way, when group `b` is far cheaper."""
     losses = {
@@ -155,7 +159,6 @@ def test_an_optimum_far_below_the_first_guess_is_exact(solver: str) -> None:
     assert (found.objective, found.gap) == (1.0, 0.0)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("scale", [1e-15, 1e-9, 1.0, 1e9])
 def test_the_unit_of_the_values_does_not_matter(solver: str, scale: float) -> None:
     generator = np.random.default_rng(5)
@@ -285,11 +288,11 @@ def test_a_malformed_program_is_refused() -> None:
 
 
 def test_torch_keeps_its_threads() -> None:
+    objective = {name: {"w2a8": 3.0, "w4a8": 1.0, "w8a8": 0.0} for name in "abc"}
+    size = {name: {"w2a8": 2, "w4a8": 4, "w8a8": 8} for name in "abc"}
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        objective = {name: {"w2a8": 3.0, "w4a8": 1.0, "w8a8": 0.0} for name in "abc"}
-        size = {name: {"w2a8": 2, "w4a8": 4, "w8a8": 8} for name in "abc"}
         solve_program(objective, [Row(size, 13)])
         assert torch.get_num_threads() == 2
     finally:

@@ -8,7 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxmpq.solver.instance import Instance, Option, reduce_instance
-from fxmpq.solver.relaxation import Relaxation, improved
+from fxmpq.solver.relaxation import (
+    Relaxation,
+    improved,
+    prices_per_cost,
+    prices_per_limit,
+)
 
 
 @st.composite
@@ -78,3 +83,30 @@ def test_one_limit_gets_the_price_of_the_linear_relaxation() -> None:
     # Two and a half groups fit: the marginal one gains 2 for 2/5 of the limit.
     assert relaxation.single_price() == pytest.approx([5.0])
     assert relaxation.bound(relaxation.single_price())[0] == pytest.approx(1 + 2 * 0.5)
+
+
+@given(instance=reduced_instances(), seed=st.integers(0, 99), unit=st.integers(1, 10**40))
+def test_prices_by_cost_are_those_by_limit(instance: Instance | None, seed: int, unit: int) -> None:
+    if instance is None:
+        return
+    prices = np.random.default_rng(seed).uniform(0, 5, len(instance.limits))
+    by_cost = prices_per_cost(instance, prices, unit)
+    assert list(by_cost) == [row for row, _ in instance.rows]
+    for (_, divisor), limit, price, found in zip(
+        instance.rows, instance.limits, prices, by_cost.values(), strict=True
+    ):
+        assert float(found * limit * divisor / unit) == price
+    assert prices_per_limit(instance, by_cost, unit).tolist() == prices.tolist()
+    assert not prices_per_limit(instance, {}, unit).any()
+
+
+@given(instance=reduced_instances(), near=st.floats(0, 1e6))
+def test_a_price_to_look_at_first_changes_nothing(instance: Instance | None, near: float) -> None:
+    if instance is None or not instance.limits:
+        return
+    relaxation = Relaxation.of(instance, 3)
+    price = relaxation.single_price()
+    assert relaxation.single_price(near) == pytest.approx(price, rel=1e-8, abs=1e-12)
+    again = relaxation.single_price(float(price[0]))
+    assert again == pytest.approx(price, rel=1e-8, abs=1e-12)
+    assert relaxation.bound(again)[0] == pytest.approx(relaxation.bound(price)[0], abs=1e-6)

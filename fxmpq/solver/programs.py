@@ -1,0 +1,102 @@
+"""The forms of the bit-width program by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from fxmpq.costs.table import CostTable
+from fxmpq.errors import FxmpqError, closest
+from fxmpq.sensitivity.sensitivity import Sensitivity
+from fxmpq.solver.greedy import greedy
+from fxmpq.solver.knapsack import knapsack
+from fxmpq.solver.lp import lp
+from fxmpq.solver.program import Row, Solution, solve_program
+from fxmpq.solver.quadratic.quadratic import quadratic
+
+# (sensitivity, costs, limits, *, ties, solver, time_limit, max_gap, and options of its own)
+Program = Callable[..., Solution]
+
+_SHARED = 7
+
+
+def ilp(
+    sensitivity: Sensitivity,
+    costs: CostTable,
+    limits: Sequence[Row],
+    *,
+    ties: Sequence[Sequence[str]] = (),
+    solver: str = "cbc",
+    time_limit: float = 60.0,
+    max_gap: float = 0.0,
+) -> Solution:
+    """The integer program: least summed sensitivity within all limits, proven.
+
+    Args:
+        sensitivity: Of every group and precision.
+        costs: Of the same groups and precisions; the limits already hold them.
+        limits: What the choice must keep.
+        ties: Groups that must take the same precision.
+        solver: `cbc` or `highs`.
+        time_limit: Seconds, after which the best choice found is returned.
+        max_gap: Relative gap at which it may stop.
+
+    Returns:
+        The optimum of `solve_program`.
+
+    Examples:
+        >>> sensitivity = Sensitivity({"a": {"w4a8": 0.1, "w8a8": 0.0}})
+        >>> costs = CostTable({"weights": {"a": {"w4a8": 50, "w8a8": 100}}})
+        >>> ilp(sensitivity, costs, [Row(costs.costs["weights"], 60)]).choices
+        {'a': 'w4a8'}
+    """
+    return solve_program(
+        sensitivity.values,
+        limits,
+        ties=ties,
+        solver=solver,
+        time_limit=time_limit,
+        max_gap=max_gap,
+    )
+
+
+PROGRAMS: Mapping[str, Program] = {
+    "ilp": ilp,
+    "quadratic": quadratic,
+    "greedy": greedy,
+    "knapsack": knapsack,
+    "lp": lp,
+}
+
+# Methods whose point is another form than the integer program.
+OF_METHOD: Mapping[str, str] = {"pairwise": "quadratic"}
+
+
+def program_of(method: str) -> str:
+    """The form that a sensitivity method's plans are solved with unless one is asked for.
+
+    Examples:
+        >>> program_of("projected")
+        'ilp'
+    """
+    return OF_METHOD.get(method, "ilp")
+
+
+def check_program(program: str, options: Collection[str] = ()) -> None:
+    """Refuse an unknown form, and options that it does not take.
+
+    Args:
+        program: As asked.
+        options: Names of the options as asked.
+
+    Raises:
+        FxmpqError: With the forms or options there are.
+    """
+    if program not in PROGRAMS:
+        raise FxmpqError(f"no program {program!r}; there are {closest(program, PROGRAMS)}")
+    legal = tuple(inspect.signature(PROGRAMS[program]).parameters)[_SHARED:]
+    for name in options:
+        if name not in legal:
+            raise FxmpqError(
+                f"no option {name!r} with the program {program!r}; there are {closest(name, legal)}"
+            )

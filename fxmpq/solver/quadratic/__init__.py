@@ -1,0 +1,1 @@
+"""The quadratic program: interactions between groups counted, the optimum proven."""

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fxmpq.costs.table import CostTable
+from fxmpq.errors import BudgetError, FxmpqError, InfeasibleBudgetError
+from fxmpq.sensitivity.sensitivity import Sensitivity
+from fxmpq.solver import lists
+from fxmpq.solver import pareto as module
+from fxmpq.solver.exact import exact, within
+from fxmpq.solver.front import ParetoFront
+from fxmpq.solver.pareto import pareto
+from fxmpq.solver.search import find_optimum
+from fxmpq.solver.solve import solve
+
+NAMES = ("w2a8", "w4a8", "w8a8")
+
+Tables = tuple[Sensitivity, CostTable]
+Sums = tuple[Fraction, Fraction]
+
+# Equal, equal as decimals only, and apart by less than any solver's tolerance.
+close = st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.30000000000000004, 1.0, 1.0000000000000002])
+losses = st.sampled_from([st.integers(-2, 3).map(float), close, st.floats(1e-12, 1e3)])
+prices = st.sampled_from([st.integers(0, 4), st.integers(0, 10**9), close])
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> Tables:
+    """Small enough to enumerate, with ties among losses and costs, and costs of zero."""
+    groups = [f"g{index}" for index in range(draw(st.integers(1, 5)))]
+    options = {group: NAMES[: draw(st.integers(1, 3))] for group in groups}
+
+    def table(entry: st.SearchStrategy[Any]) -> dict[str, dict[str, Any]]:
+        return {group: {name: draw(entry) for name in options[group]} for group in groups}
+
+    costs = {metric: table(draw(prices)) for metric in ("weights", "bops")}
+    fixed = {"weights": draw(st.integers(0, 3)), "bops": draw(st.integers(0, 3))}
+    return Sensitivity(table(draw(losses))), CostTable(costs, {"bops": 40}, fixed)
+
+
+def sums(tables: Tables, choice: dict[str, str], metric: str) -> Sums:
+    """Cost and loss without rounding; the cost without its fixed part."""
+    sensitivity, costs = tables
+    return (
+        sum((exact(costs.costs[metric][g][name]) for g, name in choice.items()), Fraction(0)),
+        sum((exact(sensitivity.values[g][name]) for g, name in choice.items()), Fraction(0)),
+    )
+
+
+def choices(tables: Tables, ties: Iterable[Iterable[str]] = ()) -> list[dict[str, str]]:
+    rows = tables[0].values
+    every = [dict(zip(rows, names, strict=True)) for names in itertools.product(*rows.values())]
+    return [
+        choice
+        for choice in every
+        if all(len({choice[group] for group in tie}) == 1 for tie in ties)
+    ]
+
+
+def undominated(found: Iterable[Sums]) -> list[Sums]:
+    """Sumss of cost and loss that no other beats, by growing cost and falling loss."""
+    kept: list[Sums] = []
+    for cost, loss in sorted(set(found)):
+        if not kept or loss < kept[-1][1]:
+            kept.append((cost, loss))
+    return kept
+
+
+def found_sums(tables: Tables, front: ParetoFront) -> list[Sums]:
+    return [sums(tables, dict(plan.choices), front.metric) for plan in front.plans]
+
+
+@settings(max_examples=120, deadline=None)
+@given(tables=tables())
+def test_the_whole_front_is_that_of_enumeration(tables: Tables) -> None:
+    front = pareto(*tables)
+    expected = undominated(sums(tables, choice, "weights") for choice in choices(tables))
+    assert found_sums(tables, front) == expected
+    assert front.whole
+    for plan, (_, loss) in zip(front.plans, expected, strict=True):
+        assert plan.costs == {m: tables[1].total(m, plan.choices) for m in ("weights", "bops")}
+        assert (plan.loss, plan.gap, plan.bound) == (float(loss), 0.0, plan.loss)
+        assert (plan.status, plan.method, plan.program) == ("optimal", "given", "ilp")
+
+
+@settings(max_examples=80, deadline=None)
+@given(tables=tables(), limit=st.integers(1, 40), tied=st.booleans())
+def test_further_limits_and_ties_hold_on_every_point(
+    tables: Tables, limit: int, tied: bool
+) -> None:
+    rows = tables[0].values
+    ends = [next(iter(rows)), next(reversed(rows))]
+    ties = [ends] if tied and len({tuple(rows[group]) for group in ends}) == 1 else []
+    expected = undominated(
+        sums(tables, choice, "weights")
+        for choice in choices(tables, ties)
+        if within(tables[1].total("bops", choice), limit)
+    )
+    if not expected:
+        with pytest.raises(InfeasibleBudgetError, match=f"bops={limit}: at most {limit}"):
+            pareto(*tables, limits={"bops": limit}, ties=ties)
+        return
+    front = pareto(*tables, limits={"bops": limit}, ties=ties)
+    assert found_sums(tables, front) == expected
+    assert all(within(plan.costs["bops"], limit) for plan in front.plans)
+    assert all(str(plan.budget).endswith(f",bops={limit}") for plan in front.plans)
+
+
+@pytest.mark.parametrize("solver", ["cbc", "highs"])
+@settings(max_examples=30, deadline=None)
+@given(tables=tables())
+def test_the_solvers_find_the_same_front(solver: str, tables: Tables) -> None:
+    """Without the exact lists; where losses differ by more than a solver can tell apart."""
+    values = {
+        group: {name: round(value, 3) for name, value in row.items()}
+        for group, row in tables[0].values.items()
+    }
+    rounded = Sensitivity(values), tables[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lists, "_MOST", 0)
+        front = pareto(*rounded, solver=solver)
+    expected = undominated(sums(rounded, choice, "weights") for choice in choices(rounded))
+    assert found_sums(rounded, front) == expected
+
+
+@settings(max_examples=150, deadline=None)
+@given(tables=tables(), points=st.integers(2, 9))
+def test_points_are_those_of_the_whole_front_at_spaced_limits(tables: Tables, points: int) -> None:
+    whole = undominated(sums(tables, choice, "weights") for choice in choices(tables))
+    found = found_sums(tables, front := pareto(*tables, points=points))
+    assert not front.whole
+    least, greatest = whole[0][0], whole[-1][0]
+    limits = [least + (greatest - least) * step / (points - 1) for step in range(points)]
+    expected = {max(point for point in whole if point[0] <= limit) for limit in limits}
+    assert found == sorted(expected)
+
+
+@pytest.mark.parametrize("points", [2, 3, 4, 7, 12, 40])
+def test_points_of_a_long_front(points: int) -> None:
+    tables = sizes(9)
+    whole = found_sums(tables, pareto(*tables))
+    assert len(whole) > 30
+    found = found_sums(tables, pareto(*tables, points=points))
+    least, greatest = whole[0][0], whole[-1][0]
+    limits = [least + (greatest - least) * step / (points - 1) for step in range(points)]
+    assert found == sorted({max(point for point in whole if point[0] <= limit) for limit in limits})
+    assert (found[0], found[-1]) == (whole[0], whole[-1])
+
+
+def sizes(groups: int) -> Tables:
+    """Losses that fall fourfold a bit, and sizes in bits."""
+    bits = {"w2a8": 2, "w4a8": 4, "w8a8": 8}
+    weights = {f"g{g}": {n: (g + 3) * b for n, b in bits.items()} for g in range(groups)}
+    values = {f"g{g}": {n: (1 + g % 3) * 4.0**-b for n, b in bits.items()} for g in range(groups)}
+    total = 32 * sum(g + 3 for g in range(groups))
+    work = {group: {n: row[n] ** 2 for n in bits} for group, row in weights.items()}
+    return Sensitivity(values), CostTable({"weights": weights, "bops": work}, {"weights": total})
+
+
+@pytest.mark.parametrize("budget", ["7%", "12.5%", "19%", 97, 250.5])
+def test_the_plan_at_a_budget_is_solves(budget: str | float) -> None:
+    tables = sizes(6)
+    at, solved = pareto(*tables).at(budget), solve(*tables, {"weights": budget})
+    assert at.loss == solved.loss
+    assert at.costs["weights"] <= solved.costs["weights"]
+    again = solve(*tables, str(at.budget))
+    assert (again.loss, again.costs["weights"]) == (at.loss, at.costs["weights"])
+
+
+def test_starting_from_the_neighbour_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = sizes(7)
+    warm = pareto(*tables, limits="bops=9000")
+    starts = []
+
+    def cold(*args: Any, start: Any, **kwargs: Any) -> Any:
+        starts.append(start)
+        return find_optimum(*args, **kwargs)
+
+    monkeypatch.setattr(module, "find_optimum", cold)
+    found = pareto(*tables, limits="bops=9000")
+    assert found_sums(tables, found) == found_sums(tables, warm)
+    # All but the first two programs had a neighbour to begin from.
+    assert sum(start is None for start in starts) == 2 < len(starts)
+
+
+def test_a_front_too_long_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = sizes(5)
+    length = len(pareto(*tables).plans)
+    monkeypatch.setattr(module, "MAX_POINTS", length)
+    assert len(pareto(*tables).plans) == length
+    monkeypatch.setattr(module, "MAX_POINTS", length - 1)
+    with pytest.raises(BudgetError, match=rf"more than {length - 1} points.*points=100"):
+        pareto(*tables)
+    assert len(pareto(*tables, points=length).plans) <= length
+
+
+def test_time_that_runs_out_is_an_error_and_says_how_far_it_came() -> None:
+    with pytest.raises(BudgetError, match=r"0 points .* after 0 s.*time_limit.*points=20"):
+        pareto(*sizes(4), time_limit=0.0)
+
+
+def test_a_point_that_is_not_proven_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unproven(*args: Any, **kwargs: Any) -> Any:
+        found = find_optimum(*args, **kwargs)
+        return None if found is None else module.replace(found, bound=found.bound - 1)
+
+    monkeypatch.setattr(module, "find_optimum", unproven)
+    with pytest.raises(BudgetError, match="0 points of the front are proven"):
+        pareto(*sizes(4))
+
+
+def test_a_unit_and_a_fingerprint_reach_the_plans() -> None:
+    values = {"a": {"w4a8": 3.0, "w8a8": 1.0}}
+    costs = CostTable({"weights": {"a": {"w4a8": 4, "w8a8": 8}}}, {"weights": 32}, fingerprint="f")
+    front = pareto(Sensitivity(values, "entropy", unit="score"), costs)
+    assert [plan.unit for plan in front.plans] == ["score", "score"]
+    assert [plan.relative["weights"] for plan in front.plans] == [0.125, 0.25]
+    assert {(plan.method, plan.fingerprint) for plan in front.plans} == {("entropy", "f")}
+    assert all(math.isfinite(plan.seconds or 0.0) for plan in front.plans)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metric": "wieghts"}, "no cost 'wieghts'; there are 'weights'"),
+        ({"solver": "gurobi"}, "no solver 'gurobi'; there are 'cbc', 'highs'"),
+        ({"points": 1}, "points=1 is no front; ask for 2 or more"),
+        ({"limits": "minimize=bops,loss=1"}, "minimises one"),
+        ({"limits": {"energy": 3}}, "no cost 'energy' to put a budget on"),
+        ({"limits": {"bops": 1}}, "bops=1: at most 1; the smallest value reachable is"),
+        ({"limits": {"weights": "1%"}}, "no choice of precisions meets the budget"),
+        ({"ties": [["g0", "g9"]]}, "'g9', which is no group"),
+    ],
+)
+def test_what_cannot_be_asked_for(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(FxmpqError, match=message):
+        pareto(*sizes(3), **options)
+
+
+def test_tables_of_different_groups_are_refused() -> None:
+    with pytest.raises(FxmpqError, match="cover different groups"):
+        pareto(Sensitivity({"x": {"w2a8": 0.0}}), sizes(2)[1])
