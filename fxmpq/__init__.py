@@ -13,19 +13,25 @@ from fxmpq.errors import FxmpqError, InfeasibleBudgetError
 from fxmpq.formats import NumberFormat, Precision
 from fxmpq.graph.trace import trace
 from fxmpq.pipeline import Quantized, quantize
-from fxmpq.sensitivity.measure import measure
+from fxmpq.sensitivity.measure import METHODS, measure
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.solver.budget import Budget
+from fxmpq.solver.front import ParetoFront
+from fxmpq.solver.pareto import pareto
 from fxmpq.solver.plan import Plan
+from fxmpq.solver.programs import PROGRAMS
 from fxmpq.solver.solve import solve
 from fxmpq.steps import apply, prepare
 from fxmpq.targets.convert import convert
 from fxmpq.targets.registry import TARGETS
 from fxmpq.targets.target import Converted, Target
+from fxmpq.training.loss import StepLoss
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "METHODS",
+    "PROGRAMS",
     "TARGETS",
     "Budget",
     "Converted",
@@ -33,16 +39,19 @@ __all__ = [
     "FxmpqError",
     "InfeasibleBudgetError",
     "NumberFormat",
+    "ParetoFront",
     "Plan",
     "Precision",
     "Quantized",
     "Sensitivity",
+    "StepLoss",
     "Target",
     "apply",
     "calibrate",
     "convert",
     "cost",
     "measure",
+    "pareto",
     "prepare",
     "quantize",
     "solve",

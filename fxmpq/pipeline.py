@@ -20,6 +20,7 @@ from fxmpq.sensitivity.measure import check_method, measure
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.solver.budget import Budget
 from fxmpq.solver.plan import Plan
+from fxmpq.solver.programs import check_program, program_of
 from fxmpq.solver.solve import solve
 from fxmpq.steps import apply, prepare
 from fxmpq.targets.convert import convert
@@ -51,9 +52,12 @@ class Quantized:
         """Convert for the plan's target; see `fxmpq.convert`."""
         return convert(self.graph, output=output)
 
-    def solve(self, budget: str | Mapping[str, object] | Budget) -> Quantized:
-        """Plan again for another budget from the same measurements."""
-        plan = finish_plan(self.calibrated, solve(self.sensitivity, self.costs, budget))
+    def solve(
+        self, budget: str | Mapping[str, object] | Budget, *, program: str | None = None
+    ) -> Quantized:
+        """Plan again, for another budget or by another program, from the same measurements."""
+        plan = solve(self.sensitivity, self.costs, budget, program=program)
+        plan = finish_plan(self.calibrated, plan)
         return replace(self, plan=plan, graph=apply(self.calibrated, plan))
 
 
@@ -65,10 +69,13 @@ def quantize(
     budget: str | Mapping[str, object] | Budget,
     candidates: Sequence[str | Precision] | None = None,
     method: str = "projected",
+    program: str | None = None,
+    labelled: Iterable[object] | None = None,
     keep: Mapping[str, str | Precision] | None = None,
     exclude: Sequence[str] = (),
     bias_correction: bool = True,
     progress: bool = True,
+    resume: str | Path | None = None,
     **options: object,
 ) -> Quantized:
     """Choose a precision for every layer and return the graph that simulates the choice.
@@ -84,11 +91,15 @@ def quantize(
         target: A target's name, as `reference` or `onnxruntime`.
         budget: As `"weights=15%"`, `"weights=1.5MB,bops=10%"`, `"avg_weight_bits=4.5"`.
         candidates: Precisions to choose from, as `["w2a8", "w4a8", "w8a8"]`.
-        method: Sensitivity method, `projected` or `sqnr`.
+        method: Sensitivity method, a key of `METHODS`; the guide says which to choose.
+        program: Form of the bit-width program, a key of `PROGRAMS`; the method's own if `None`.
+        labelled: What a `loss` or `score` that reads labels takes, for methods with one; the
+            calibration batches if `None`.
         keep: Layers that must have a precision, as `{"classifier": "w8a8"}`.
         exclude: Layers that stay float, even where `keep` matches too.
         bias_correction: Whether quantized layers get corrected biases.
         progress: Whether to show progress bars.
+        resume: A journal file of the measurement, which an interrupted run goes on from.
         **options: Of the method, as `probes=4, seed=1`.
 
     Returns:
@@ -108,7 +119,9 @@ def quantize(
     found_target = get_target(target)
     wanted_budget = Budget.parse(budget)
     check_method(method, options)
+    check_program(program or program_of(method))
     batches = materialize(calibration)
+    measured = batches if labelled is None else materialize(labelled, "labelled")
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
 
@@ -125,9 +138,16 @@ def quantize(
     lap("trace")
     calibrated = calibrate(prepared, batches, bias_correction=bias_correction, progress=progress)
     lap("calibrate")
-    sensitivity = measure(calibrated, batches, method=method, progress=progress, **options)
+    sensitivity = measure(
+        calibrated,
+        measured,
+        method=method,
+        progress=progress,
+        resume=resume,
+        **options,
+    )
     lap("measure")
-    plan = finish_plan(calibrated, solve(sensitivity, costs, wanted_budget))
+    plan = finish_plan(calibrated, solve(sensitivity, costs, wanted_budget, program=program))
     lap("solve")
     return Quantized(apply(calibrated, plan), calibrated, plan, sensitivity, costs, seconds)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -11,6 +12,7 @@ from torch.utils import _pytree as pytree
 from fxmpq.errors import BatchError, CalibrationError, closest
 from fxmpq.graph.state import state_of
 
+Item = TypeVar("Item")
 Batch = Tensor | Sequence[object] | Mapping[str, object]
 
 
@@ -74,7 +76,7 @@ def graph_device(graph: fx.GraphModule) -> torch.device:
     return torch.device("cpu")
 
 
-def materialize(batches: Iterable[Batch], what: str = "calibration") -> list[Batch]:
+def materialize(batches: Iterable[Item], what: str = "calibration") -> list[Item]:
     """Turn an iterable of batches into a list.
 
     Raises:

@@ -3,64 +3,121 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from torch import fx
 
 from fxmpq.errors import FxmpqError, closest
-from fxmpq.graph.batches import Batch, materialize
+from fxmpq.graph.batches import materialize
 from fxmpq.graph.state import require
-from fxmpq.progress import track
+from fxmpq.journal import Journal, data_digest
+from fxmpq.quantizers.modules import ActivationQuantizer
+from fxmpq.sensitivity.entropy import entropy
+from fxmpq.sensitivity.finetune import finetune
+from fxmpq.sensitivity.hessian import hessian
+from fxmpq.sensitivity.layer_loss import layer_loss
+from fxmpq.sensitivity.learned_scales import learned_scales
+from fxmpq.sensitivity.orthogonality import orthogonality
+from fxmpq.sensitivity.pairwise import pairwise
 from fxmpq.sensitivity.projected import projected
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.sensitivity.sqnr import sqnr
+from fxmpq.work import Work
 
-METHODS: Mapping[str, Callable[..., Sensitivity]] = {"projected": projected, "sqnr": sqnr}
+
+@dataclass(frozen=True)
+class Method:
+    """An estimator and what it needs.
+
+    Args:
+        estimate: `estimate(graph, batches, *, work, ...)`.
+        labels: Whether it needs a `loss`, and so labels.
+    """
+
+    estimate: Callable[..., Sensitivity]
+    labels: bool = False
+
+
+METHODS: Mapping[str, Method] = {
+    "projected": Method(projected),
+    "sqnr": Method(sqnr),
+    "pairwise": Method(pairwise),
+    "layer_loss": Method(layer_loss),
+    "hessian": Method(hessian, labels=True),
+    "orthogonality": Method(orthogonality),
+    "entropy": Method(entropy),
+    "learned_scales": Method(learned_scales, labels=True),
+    "finetune": Method(finetune, labels=True),
+}
 
 
 def measure(
     graph: fx.GraphModule,
-    batches: Iterable[Batch],
+    batches: Iterable[Any],
     *,
     method: str = "projected",
     progress: bool = True,
+    resume: str | Path | None = None,
     **options: object,
 ) -> Sensitivity:
     """Measure how much the output suffers per (group, precision).
 
     Args:
         graph: From `calibrate`.
-        batches: What the model takes; a few dozen samples.
-        method: `projected` (a few passes for everything) or `sqnr` (the exact sweep).
-        progress: Whether to show a progress bar.
+        batches: What the model takes, a few dozen samples; with a `loss` or another `score`
+            that reads labels, what that takes.
+        method: A key of `METHODS`; the guide says which to choose.
+        progress: Whether to show progress bars.
+        resume: A journal file. What is finished is recorded there, and an interrupted run that
+            is called again with the same model, data, method and options goes on from it.
         **options: Of the method, as `probes=4, seed=1` for `projected`.
 
     Returns:
-        Relative output noise power per group and precision.
+        What each group loses at each precision.
 
     Raises:
-        FxmpqError: If the method or an option is unknown.
+        FxmpqError: If the method or an option is unknown, or the method needs a `loss` and has
+            none.
         CalibrationError: If there are no batches.
+
+    Examples:
+        >>> import torch, fxmpq
+        >>> batches = [torch.randn(8, 4)]
+        >>> graph = fxmpq.trace(torch.nn.Sequential(torch.nn.Linear(4, 2)), batches[0])
+        >>> graph = fxmpq.calibrate(fxmpq.prepare(graph, "reference"), batches)
+        >>> found = measure(graph, batches, method="sqnr")
+        >>> found.value("0", "w8a8") < found.value("0", "w2a8")
+        True
     """
     require(graph, stage="calibrated")
     check_method(method, options)
     found = materialize(batches)
-    return METHODS[method](graph, track(found, "measuring", shown=progress), **options)
+    journal = None
+    if resume is not None:
+        journal = Journal(resume, _run(graph, found, method, options))
+    work = Work(shown=progress, journal=journal)
+    if "work" not in inspect.signature(METHODS[method].estimate).parameters:
+        return METHODS[method].estimate(graph, work.track(found, "measuring"), **options)
+    return METHODS[method].estimate(graph, found, work=work, **options)
 
 
 def method_options(method: str) -> tuple[str, ...]:
     """Names of the options that a method takes.
 
     Examples:
-        >>> method_options("projected")
-        ('probes', 'seed')
+        >>> "probes" in method_options("projected"), "probes" in method_options("sqnr")
+        (True, False)
     """
+    parameters = inspect.signature(METHODS[method].estimate).parameters
     # Every method takes the graph and the batches first.
-    return tuple(inspect.signature(METHODS[method]).parameters)[2:]
+    return tuple(name for name in tuple(parameters)[2:] if name != "work")
 
 
-def check_method(method: str, options: Iterable[str] = ()) -> None:
-    """Refuse an unknown method, and options that it does not take.
+def check_method(method: str, options: Collection[str] = ()) -> None:
+    """Refuse an unknown method, options that it does not take, and a missing loss.
 
     Args:
         method: As asked.
@@ -77,3 +134,40 @@ def check_method(method: str, options: Iterable[str] = ()) -> None:
             raise FxmpqError(
                 f"no option {name!r} with the method {method!r}; there are {closest(name, legal)}"
             )
+    if METHODS[method].labels and "loss" not in options:
+        free = ", ".join(repr(name) for name, entry in METHODS.items() if not entry.labels)
+        raise FxmpqError(
+            f"the method {method!r} needs labels: give loss=, a callable loss(model, batch) or "
+            f"fxmpq.StepLoss(your LightningModule), and batches with labels. No labels are "
+            f"needed by {free}"
+        )
+
+
+def _run(
+    graph: fx.GraphModule, batches: Sequence[object], method: str, options: Mapping[str, object]
+) -> dict[str, object]:
+    """What identifies a run: its journal is no other's."""
+    state = require(graph, stage="calibrated")
+    ranges = [
+        module.ranges for module in graph.modules() if isinstance(module, ActivationQuantizer)
+    ]
+    return {
+        "method": method,
+        "options": {name: _plain(value) for name, value in sorted(options.items())},
+        "model": state.fingerprint,
+        "candidates": {group.name: [str(c) for c in group.candidates] for group in state.groups},
+        "ranges": data_digest([repr(ranges), *graph.state_dict().values()]),
+        "data": data_digest(batches),
+    }
+
+
+def _plain(value: object) -> object:
+    """An option as JSON has it; a callable by its name."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    kind = value if callable(value) and hasattr(value, "__qualname__") else type(value)
+    return f"{kind.__module__}.{getattr(kind, '__qualname__', '')}"

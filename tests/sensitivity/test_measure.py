@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,19 +31,83 @@ def test_methods_are_called_with_their_options(graph: fx.GraphModule, images: li
     assert swept.values == sqnr(graph, images).values
 
 
-def test_an_unknown_method_is_an_error_before_any_work(
-    graph: fx.GraphModule,
-) -> None:
-    def never() -> object:
-        raise AssertionError("the data was read")
-        yield
+def never() -> Iterator[Tensor]:
+    """Data that must not be read."""
+    raise AssertionError("the data was read")
+    yield
 
-    with pytest.raises(FxmpqError, match="no sensitivity method 'hessian'; there are"):
-        measure(graph, never(), method="hessian")
-    with pytest.raises(FxmpqError, match="'projected', 'sqnr'|'sqnr', 'projected'"):
-        check_method("hessian")
-    for name in METHODS:
-        check_method(name)
+
+def test_an_unknown_method_is_an_error_before_any_work(graph: fx.GraphModule) -> None:
+    with pytest.raises(FxmpqError, match="no sensitivity method 'hesian'; there are 'hessian'"):
+        measure(graph, never(), method="hesian")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_without_their_labels_are_an_error_before_any_work(
+    graph: fx.GraphModule, method: str
+) -> None:
+    if not METHODS[method].labels:
+        return check_method(method)
+    expected = f"'{method}' needs labels: give loss=.*No labels are needed by 'projected', 'sqnr'"
+    with pytest.raises(FxmpqError, match=expected):
+        measure(graph, never(), method=method)
+    return check_method(method, ["loss"])
+
+
+def test_an_interrupted_measurement_goes_on(
+    graph: fx.GraphModule,
+    images: list[Tensor],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What is recorded is not measured again, and the result is the same to the last bit."""
+    path = tmp_path / "sweep.journal"
+    expected = measure(graph, images, method="sqnr", progress=False)
+    calls = 0
+
+    def interrupted(model: fx.GraphModule, batch: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 7:
+            raise KeyboardInterrupt
+        return model(batch).square().mean()
+
+    arguments = {"method": "sqnr", "score": interrupted, "progress": False, "resume": path}
+    with pytest.raises(KeyboardInterrupt):
+        measure(graph, images, **arguments)
+    recorded = path.read_text().count("\n") - 1
+    assert recorded > 0
+    first = measure(graph, images, **arguments)
+    repeated = calls
+    assert measure(graph, images, **arguments).values == first.values
+    assert calls == repeated
+    # Another score is another run.
+    with caplog.at_level(logging.WARNING):
+        again = measure(graph, images, method="sqnr", progress=False, resume=path)
+    assert "options differ" in caplog.text
+    assert again.values == expected.values
+
+
+def test_journals_tell_models_data_and_calibrations_apart(
+    calibrated: Callable[..., fx.GraphModule],
+    conv_graph: fx.GraphModule,
+    graph: fx.GraphModule,
+    images: list[Tensor],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A journal of other ranges or other images is not read."""
+    path = tmp_path / "sweep.journal"
+    options = {"method": "sqnr", "progress": False, "resume": path}
+    measure(graph, images, **options)
+    for other, data, named in (
+        (graph, images[:1], "data"),
+        (calibrated(conv_graph, images[:1]), images[:1], "ranges"),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            measure(other, data, **options)
+        assert f"({named} differ)" in caplog.text
 
 
 def test_bad_data_is_an_error(graph: fx.GraphModule) -> None:
@@ -64,12 +130,8 @@ def test_an_uncalibrated_graph_is_an_error(
 def test_an_unknown_option_is_an_error_before_any_work(
     graph: fx.GraphModule, options: dict[str, int]
 ) -> None:
-    def never() -> object:
-        raise AssertionError("the data was read")
-        yield
-
     name = next(iter(options))
     with pytest.raises(FxmpqError, match=f"no option '{name}' with the method 'projected'"):
         measure(graph, never(), progress=False, **options)
-    with pytest.raises(FxmpqError, match="no option 'probes' with the method 'sqnr'; there are no"):
+    with pytest.raises(FxmpqError, match="no option 'probes' with the method 'sqnr'; there are '"):
         check_method("sqnr", ["probes"])

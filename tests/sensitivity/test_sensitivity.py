@@ -166,3 +166,13 @@ def test_a_file_that_holds_something_else_is_refused(changes: dict[str, Any], me
 def test_a_file_without_values_is_refused() -> None:
     with pytest.raises(FileFormatError, match=r"missing fields \['values'\]"):
         Sensitivity.from_json('{"schema": "fxmpq.sensitivity", "version": 1}')
+
+
+@pytest.mark.parametrize("unit", ["loss", "score"])
+def test_units_are_kept_and_only_noise_has_decibels(unit: str) -> None:
+    sensitivity = Sensitivity({"a": {"w8a8": 0.01}}, "entropy", unit=unit)
+    assert Sensitivity.from_json(sensitivity.to_json()).unit == unit
+    with pytest.raises(FxmpqError, match=f"'entropy' measures a {unit}, which is no noise power"):
+        sensitivity.sqnr_db("a", "w8a8")
+    with pytest.raises(FxmpqError, match="no unit 'nats' of sensitivity"):
+        Sensitivity({"a": {"w8a8": 0.01}}, unit="nats")
