@@ -66,6 +66,7 @@ def build_report(
         latency_samples=comparison.latency_samples,
         layers=layer_rows(quantized.graph, quantized.sensitivity, converted),
         curve=trade_off(quantized.sensitivity, quantized.costs),
+        unit=plan.unit,
         predicted_sqnr_db=finite_or_none(plan.sqnr_db),
         agreement_db=finite_or_none(converted.sqnr_db),
         gap=finite_or_none(plan.gap),

@@ -89,7 +89,7 @@ def highlights(report: Report) -> list[tuple[str, str, str]]:
             counted(mixed.weight_bytes, "B"),
             f"{size_share} of {counted(base.weight_bytes, 'B')}",
         ),
-        ("output SQNR", decibels(mixed.sqnr_db), f"predicted {decibels(report.predicted_sqnr_db)}"),
+        ("output SQNR", decibels(mixed.sqnr_db), _prediction(report)),
         (
             "bit operations",
             counted(mixed.bops),
@@ -101,6 +101,12 @@ def highlights(report: Report) -> list[tuple[str, str, str]]:
             f"{base.latency_ms / mixed.latency_ms:.1f} times as fast as float",
         ),
     ]
+
+
+def _prediction(report: Report) -> str:
+    if not report.is_predicting:
+        return f"the method {report.method} predicts none"
+    return f"predicted {decibels(report.predicted_sqnr_db)}"
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:

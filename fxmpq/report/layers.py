@@ -37,7 +37,8 @@ def layer_rows(
     rows: list[LayerRow] = []
     for group in state.groups:
         chosen = group.candidate(state.choices[group.name])
-        alone = finite_or_none(sensitivity.sqnr_db(group.name, chosen))
+        is_noise = sensitivity.unit == "noise"
+        alone = finite_or_none(sensitivity.sqnr_db(group.name, chosen)) if is_noise else None
         seen: set[str] = set()
         for layer in group.layers:
             fate = fates.pop(layer.name)

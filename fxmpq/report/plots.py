@@ -127,16 +127,17 @@ def _draw_curve(axes: Axes, report: Report) -> None:
     axes.set_xscale("log")
     sizes = [point.weight_bytes for point in report.curve]
     noise = [point.sqnr_db for point in report.curve]
-    axes.plot(
-        sizes,
-        noise,
-        label="best plans, predicted",
-        color=_CURVE,
-        linewidth=2,
-        marker="o",
-        markersize=4,
-        zorder=2,
-    )
+    if sizes:
+        axes.plot(
+            sizes,
+            noise,
+            label="best plans, predicted",
+            color=_CURVE,
+            linewidth=2,
+            marker="o",
+            markersize=4,
+            zorder=2,
+        )
     for name, entry in report.entries.items():
         if name != FLOAT and entry.sqnr_db is not None:
             predicted = np.interp(entry.weight_bytes, sizes, noise) if sizes else 0.0

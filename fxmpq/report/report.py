@@ -98,6 +98,7 @@ class Report:
         entries: `float`, `mixed`, and one per uniform precision such as `w8a8`.
         layers: In graph order, then what is in no group.
         curve: Best plans from the smallest to the largest weight size.
+        unit: What the method measures; without `noise` there is no predicted SQNR.
         predicted_sqnr_db: The plan's, in dB.
         agreement_db: Of the converted mixed model with the simulation; `None` if equal.
         gap: The solver's proven relative gap.
@@ -124,12 +125,18 @@ class Report:
     latency_samples: int = 1
     layers: tuple[LayerRow, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
+    unit: str = "noise"
     predicted_sqnr_db: float | None = None
     agreement_db: float | None = None
     gap: float | None = None
     search_seconds: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def is_predicting(self) -> bool:
+        """Whether the sensitivities are noise powers, which predict an output SQNR."""
+        return self.unit == "noise"
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Write as JSON; returns the text, and writes it to `path` if given."""

@@ -19,7 +19,7 @@ def layer_table(report: Report, name_length: int = 80) -> Table:
     """A row a layer: chosen precision, sensitivity, size, bit operations, kernel.
 
     Sensitivity is the output SQNR with only that layer's group quantized; layers that share a
-    group show it once.
+    group show it once, and methods that measure no noise power leave it out.
 
     Args:
         report: From `build_report`.
@@ -37,7 +37,8 @@ def layer_table(report: Report, name_length: int = 80) -> Table:
     table.add_column("kernel", overflow="fold", min_width=20)
     for row in report.layers:
         quantized = row.precision != "fp32"
-        alone = "shared" if row.is_shared else decibels(row.alone_db) if quantized else ""
+        known = decibels(row.alone_db) if quantized and report.is_predicting else ""
+        alone = "shared" if row.is_shared else known
         table.add_row(
             shortened(row.layer, name_length),
             row.precision,

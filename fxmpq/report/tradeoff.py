@@ -17,8 +17,8 @@ def trade_off(
 ) -> tuple[CurvePoint, ...]:
     """Solve for weight budgets from the smallest possible to the largest useful one.
 
-    Budgets are spaced evenly in the logarithm of the size. Nothing is measured again; other
-    costs than `weights` are not limited.
+    Budgets are spaced evenly in the logarithm of the size, and met by the integer program.
+    Nothing is measured again; other costs than `weights` are not limited.
 
     Args:
         sensitivity: From `measure`.
@@ -27,7 +27,7 @@ def trade_off(
 
     Returns:
         Distinct plans by growing weight size, with their predicted output SQNR; a plan that
-        is predicted to lose nothing is left out.
+        is predicted to lose nothing is left out. None if the sensitivities are no noise powers.
 
     Examples:
         >>> sensitivity = Sensitivity({"a": {"w4a8": 0.1, "w8a8": 0.001}})
@@ -35,13 +35,15 @@ def trade_off(
         >>> [point.weight_bytes for point in trade_off(sensitivity, costs)]
         [50, 100]
     """
+    if sensitivity.unit != "noise":
+        return ()
     smallest, largest = costs.smallest("weights"), costs.largest("weights")
     budgets = np.geomspace(max(smallest, 1), max(largest, 1), max(points, 2))
     # The ends exactly: rounding must not put the first budget below what is reachable.
     budgets[0], budgets[-1] = smallest, largest
     found: dict[int, float] = {}
     for budget in budgets:
-        plan = solve(sensitivity, costs, {"weights": float(budget)})
+        plan = solve(sensitivity, costs, {"weights": float(budget)}, program="ilp")
         decibels = plan.sqnr_db
         if decibels is not None and math.isfinite(decibels):
             found[round(costs.total("weights", plan.choices))] = decibels

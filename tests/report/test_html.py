@@ -87,3 +87,13 @@ def test_highlights_compare_the_mixed_model_with_float(report: Report) -> None:
 def test_it_is_written_to_a_file(report: Report, tmp_path: Path) -> None:
     file = save_html(report, tmp_path / "report.html")
     assert file.read_text(encoding="utf-8") == render_html(report)
+
+
+def test_a_method_that_predicts_nothing_says_so(report: Report) -> None:
+    quiet = replace(report, unit="score", method="entropy")
+    assert ("output SQNR", "the method entropy predicts none") in [
+        (name, beside) for name, _, beside in highlights(quiet)
+    ]
+    note = "predicted output SQNR with only"
+    assert note in render_html(report)
+    assert note not in render_html(quiet)

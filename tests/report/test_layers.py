@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from fxmpq.pipeline import Quantized, quantize
 from fxmpq.report.layers import layer_rows
 from fxmpq.report.report import LayerRow
+from fxmpq.sensitivity.sensitivity import Sensitivity
 
 
 class Tied(nn.Module):
@@ -76,3 +77,10 @@ def test_products_of_activations_are_listed_with_their_reason(
     products = [row for row in in_float if not row.group]
     assert len(products) == 2  # one attention a layer
     assert all(row.bops > 0 and row.weight_bytes == 0 and row.reason for row in products)
+
+
+def test_a_score_is_no_sqnr(quantized: Quantized) -> None:
+    scores = Sensitivity(quantized.sensitivity.values, "entropy", unit="score")
+    rows = layer_rows(quantized.graph, scores, quantized.convert())
+    assert all(row.alone_db is None for row in rows)
+    assert any(row.alone_db is not None for row in rows_of(quantized))

@@ -51,3 +51,13 @@ def test_a_model_without_products_has_no_share_of_them(report: Report) -> None:
     entries = {"float": Entry(1.0, None, 10, 0, 1.0), "mixed": Entry(1.0, None, 5, 0, 1.0)}
     rows = comparison_rows(replace(report, entries=entries))
     assert rows["mixed"] == ("100.00 %", "+0.00", "exact", "5 B", "50.0 %", "0", "", "1.00 ms")
+
+
+def test_a_method_that_predicts_nothing_leaves_its_column_empty(report: Report) -> None:
+    row = next(row for row in report.layers if row.alone_db is not None)
+    alone = f"{row.alone_db:.1f} dB"
+    assert any(alone in line for line in printed(report, 100))
+    quiet = replace(report, unit="loss", entries=report.entries)
+    table = layer_table(quiet)
+    cells = list(table.columns[2].cells)
+    assert set(cells) <= {"", "shared"}

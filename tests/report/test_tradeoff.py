@@ -46,3 +46,9 @@ def test_one_candidate_is_one_point_and_no_loss_is_none() -> None:
     (point,) = trade_off(Sensitivity({"a": {"w8a8": 0.01}}), costs)
     assert (point.weight_bytes, point.sqnr_db) == (7, pytest.approx(20.0))
     assert trade_off(Sensitivity({"a": {"w8a8": 0.0}}), costs) == ()
+
+
+@pytest.mark.parametrize("unit", ["loss", "score"])
+def test_what_is_no_noise_power_predicts_no_decibels(unit: str) -> None:
+    costs = CostTable({"weights": {"a": {"w8a8": 7}}})
+    assert trade_off(Sensitivity({"a": {"w8a8": 0.01}}, unit=unit), costs) == ()
