@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -12,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxmpq.callbacks.calibration_source import CalibrationSource
 from fxmpq.callbacks.capture import capture_batches, undisturbed
+from fxmpq.callbacks.labels import reads_labels, with_step_losses
 from fxmpq.callbacks.options import check_options
 from fxmpq.callbacks.publish import publish_plan, shows_progress
 from fxmpq.callbacks.slot import NetworkSlot
@@ -22,6 +24,7 @@ from fxmpq.formats import Precision
 from fxmpq.pipeline import Quantized, quantize
 from fxmpq.solver.budget import Budget
 from fxmpq.solver.plan import Plan
+from fxmpq.solver.programs import check_program, program_of
 from fxmpq.targets.registry import get_target
 from fxmpq.targets.target import Target
 
@@ -57,13 +60,17 @@ class MixedPrecisionCallback(Callback):
         module: Attribute path of the sub-module to quantize.
         candidates: Precisions to choose from, as `["w4a8", "w8a8"]`; the target's own if
             `None`.
-        method: Sensitivity method, `projected` or `sqnr`.
+        method: Sensitivity method, a key of `METHODS`. One that needs a loss takes it from the
+            module's `training_step`; `loss="validation_step"` names another step, and
+            `score="validation_step"` a step for the methods with a score. The calibration
+            batches are then read with their labels.
+        program: Form of the bit-width program, a key of `PROGRAMS`; the method's own if `None`.
         keep: Layers that must have a precision, as `{"classifier": "w8a8"}`; layer names are
             those within the sub-module.
         exclude: Layers that stay float.
         report_dir: Where to write `plan.json`; `trainer.log_dir` if `None`.
-        **options: Further options of `fxmpq.quantize`: `bias_correction`, and the method's,
-            as `probes=4, seed=1`.
+        **options: Further options of `fxmpq.quantize`: `bias_correction`, `resume`, and the
+            method's, as `probes=4, seed=1`.
 
     Raises:
         FxmpqError: A subclass for an unusable target, budget, method, precision, option or
@@ -90,6 +97,7 @@ class MixedPrecisionCallback(Callback):
         module: str = "model",
         candidates: Sequence[str | Precision] | None = None,
         method: str = "projected",
+        program: str | None = None,
         keep: Mapping[str, str | Precision] | None = None,
         exclude: Sequence[str] = (),
         report_dir: str | Path | None = None,
@@ -98,12 +106,14 @@ class MixedPrecisionCallback(Callback):
         self._target = get_target(target)
         self._budget = Budget.parse(budget)
         check_options(method, options)
+        check_program(program or program_of(method))
         self._source = CalibrationSource(calibration, calibration_batches)
         self._candidates = None if candidates is None else [Precision.parse(c) for c in candidates]
         self._keep = {pattern: Precision.parse(entry) for pattern, entry in (keep or {}).items()}
         self._target.rules.check([*(self._candidates or ()), *self._keep.values()])
         self._slot = NetworkSlot(module)
         self._method = method
+        self._program = program
         self._exclude = tuple(exclude)
         self._report_dir = report_dir
         self._options = options
@@ -206,11 +216,10 @@ class MixedPrecisionCallback(Callback):
     def _quantize(self, trainer: Trainer, module: LightningModule) -> Quantized:
         network = find_submodule(module, self._slot.path)
         batches = self._source.take(trainer)
+        options = with_step_losses(self._method, self._options, module, self._slot.path)
         captured = capture_batches(trainer, module, self._slot.path, batches)
-        # Processes may load different data; the first one's counts.
-        shared = trainer.strategy.broadcast(captured)
-        device = trainer.strategy.root_device
-        placed = [pytree.tree_map_only(Tensor, lambda t: t.to(device), batch) for batch in shared]
+        placed = _shared(trainer, captured)
+        labelled = _shared(trainer, batches) if reads_labels(self._method, options) else None
         return quantize(
             network,
             placed,
@@ -218,8 +227,17 @@ class MixedPrecisionCallback(Callback):
             budget=self._budget,
             candidates=self._candidates,
             method=self._method,
+            program=self._program,
+            labelled=labelled,
             keep=self._keep,
             exclude=self._exclude,
             progress=shows_progress(trainer),
-            **self._options,  # type: ignore[arg-type]  # names checked on construction
+            **options,  # type: ignore[arg-type]  # names checked on construction
         )
+
+
+def _shared(trainer: Trainer, batches: list[Any]) -> list[Any]:
+    """The first process's batches, for processes may load different data, on this one's device."""
+    device = trainer.strategy.root_device
+    shared = trainer.strategy.broadcast(batches)
+    return [pytree.tree_map_only(Tensor, lambda t: t.to(device), batch) for batch in shared]

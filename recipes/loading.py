@@ -19,6 +19,7 @@ from fxmpq.recipes.schema import (
     TransformersModel,
 )
 from fxmpq.recipes.table_data import load_splits, preprocessor, to_batches
+from fxmpq.sensitivity.measure import METHODS
 
 _CLASSES = {
     "image-classification": transformers.AutoModelForImageClassification,
@@ -33,6 +34,8 @@ class Loaded:
     Args:
         model: In evaluation mode.
         calibration: Batches of what the model takes.
+        calibration_labels: Classes of the calibration samples, int64; empty unless the recipe's
+            method needs them.
         test: Batches of what the model takes.
         labels: Classes of the test samples, int64.
         model_text: Which model, for people.
@@ -41,6 +44,7 @@ class Loaded:
 
     model: nn.Module
     calibration: list[Batch]
+    calibration_labels: Tensor
     test: list[Batch]
     labels: Tensor
     model_text: str
@@ -68,10 +72,12 @@ def load(recipe: Recipe) -> Loaded:
     calibration, test = load_splits(recipe.data, recipe.seed)
     size = recipe.data.batch_size
     test_batches, labels = to_batches(test, prepare, size, label=recipe.data.label_column)
-    calibration_batches, _ = to_batches(calibration, prepare, size)
+    wanted = recipe.data.label_column if METHODS[recipe.method].labels else None
+    calibration_batches, calibration_labels = to_batches(calibration, prepare, size, label=wanted)
     return Loaded(
         model,
         calibration_batches,
+        calibration_labels,
         test_batches,
         labels,
         model_text=f"{recipe.model.name} ({type(model).__name__})",
@@ -124,6 +130,7 @@ def _load_embedded(data: EmbeddedData) -> Loaded:
     return Loaded(
         pretrained(),
         _split(calibration, data.batch_size),
+        subset.calibration_labels[: data.calibration_samples],
         _split(subset.test_images[test], data.batch_size),
         subset.test_labels[test],
         model_text="ResNet-20, trained on Fashion-MNIST by this project",

@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from fxmpq.errors import closest
 from fxmpq.pipeline import Quantized, quantize
 from fxmpq.recipes.loading import Loaded, load
 from fxmpq.recipes.schema import Recipe, RecipeError
@@ -20,9 +19,11 @@ from fxmpq.report.plots import save_picture
 from fxmpq.report.report import Report
 from fxmpq.report.tables import print_tables
 from fxmpq.report.wording import decibels, percent, seconds
-from fxmpq.sensitivity.measure import check_method
+from fxmpq.sensitivity.measure import METHODS, check_method
 from fxmpq.sensitivity.measure import method_options as option_names
+from fxmpq.solver.programs import check_program, program_of
 from fxmpq.targets.registry import get_target
+from fxmpq.training.loss import batch_samples, classification_loss
 
 
 def run_recipe(recipe: Recipe, console: Console | None = None) -> Report:
@@ -45,6 +46,7 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> Report:
     console = console or Console()
     get_target(recipe.target)
     options = method_options(recipe)
+    check_program(recipe.program or program_of(recipe.method))
     with use_threads(recipe.threads):
         return _run(recipe, options, _writable(recipe.output), console)
 
@@ -81,7 +83,7 @@ def _run(recipe: Recipe, options: Mapping[str, Any], output: Path, console: Cons
 
 
 def method_options(recipe: Recipe) -> dict[str, object]:
-    """The options of a recipe's method, with the recipe's seed where it takes one.
+    """The options of a recipe's method, with the recipe's seed and a loss where it takes them.
 
     Args:
         recipe: Whose `method` and `options` count.
@@ -90,18 +92,15 @@ def method_options(recipe: Recipe) -> dict[str, object]:
         Keyword arguments of the method.
 
     Raises:
-        FxmpqError: If the method is unknown.
-        RecipeError: If it has no such option, with those it has.
+        FxmpqError: If the method is unknown, or has no such option, with those it has.
     """
-    check_method(recipe.method)
+    losses: dict[str, object] = {}
+    if recipe.method in METHODS and METHODS[recipe.method].labels:
+        losses["loss"] = classification_loss
+    check_method(recipe.method, [*recipe.options, *losses])
     legal = option_names(recipe.method)
-    for name in recipe.options:
-        if name not in legal:
-            raise RecipeError(
-                f"method {recipe.method!r} has no option {name!r}; it has {closest(name, legal)}"
-            )
     seeds: Mapping[str, object] = {"seed": recipe.seed} if "seed" in legal else {}
-    return {**seeds, **recipe.options}
+    return {**seeds, **losses, **recipe.options}
 
 
 def _search(recipe: Recipe, loaded: Loaded, options: Mapping[str, Any]) -> Quantized:
@@ -112,11 +111,24 @@ def _search(recipe: Recipe, loaded: Loaded, options: Mapping[str, Any]) -> Quant
         budget=recipe.budget,
         candidates=recipe.candidates,
         method=recipe.method,
+        program=recipe.program,
+        labelled=_labelled(loaded) if "loss" in options else None,
         keep=recipe.keep,
         exclude=recipe.exclude,
         bias_correction=recipe.bias_correction,
         **options,
     )
+
+
+def _labelled(loaded: Loaded) -> list[object]:
+    """The calibration batches with their labels, as `classification_loss` takes them."""
+    start = 0
+    found: list[object] = []
+    for batch in loaded.calibration:
+        end = start + batch_samples(batch)
+        found.append((batch, loaded.calibration_labels[start:end]))
+        start = end
+    return found
 
 
 def _write(recipe: Recipe, report: Report, output: Path) -> list[str]:

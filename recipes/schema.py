@@ -179,7 +179,8 @@ class Recipe(_Section):
         target: Runtime to quantize for.
         budget: What the plan may cost, as `weights=15%`, or a mapping of the same.
         candidates: Precisions to choose from; the target's own if `None`.
-        method: Sensitivity method.
+        method: Sensitivity method; one that needs labels gets those of the calibration samples.
+        program: Form of the bit-width program; the method's own if `None`.
         keep: Layer pattern to the precision it must have.
         exclude: Patterns of layers that stay float.
         options: Of the method, as `probes`.
@@ -198,6 +199,7 @@ class Recipe(_Section):
     budget: BudgetText
     candidates: tuple[PrecisionName, ...] | None = Field(None, min_length=1)
     method: str = "projected"
+    program: str | None = None
     keep: dict[str, PrecisionName] = Field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     options: dict[str, int | float | str | bool] = Field(default_factory=dict)

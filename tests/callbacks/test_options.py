@@ -11,10 +11,11 @@ from fxmpq.sensitivity.measure import METHODS
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_option_of_a_method_is_legal_and_its_data_is_not(method: str) -> None:
-    data, options = [], ["bias_correction"]
-    for name, parameter in inspect.signature(METHODS[method]).parameters.items():
+    data, options = [], ["bias_correction", "resume"]
+    for name, parameter in inspect.signature(METHODS[method].estimate).parameters.items():
         has_default = parameter.default is not inspect.Parameter.empty
-        (options if has_default else data).append(name)
+        if name != "work":
+            (options if has_default or name == "loss" else data).append(name)
     check_options(method, dict.fromkeys(options))
     assert len(data) == 2
     for name in data:

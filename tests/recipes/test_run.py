@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from torch import Tensor, nn
 
 from fxmpq.errors import BudgetError, FxmpqError, TargetError
 from fxmpq.recipes import run as run_module
@@ -16,6 +17,7 @@ from fxmpq.recipes.run import method_options, run_recipe
 from fxmpq.recipes.schema import Recipe, RecipeError, read_recipe
 from fxmpq.report.report import Report
 from fxmpq.solver.plan import Plan
+from fxmpq.training.loss import classification_loss
 
 FEW = ["data.calibration_samples=48", "data.test_samples=64", "data.batch_size=16"]
 
@@ -105,7 +107,8 @@ def test_a_users_text_model_runs_on_onnxruntime(
     [
         ("target=onnx", TargetError, "no target 'onnx'"),
         ("method=sqrn", FxmpqError, "no sensitivity method 'sqrn'.*'sqnr'"),
-        ("options={probe: 3}", RecipeError, "no option 'probe'; it has 'probes'"),
+        ("options={probe: 3}", FxmpqError, "no option 'probe' .* there are 'probes'"),
+        ("program=qudratic", FxmpqError, "no program 'qudratic'"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_loaded(
@@ -143,6 +146,29 @@ def test_the_seed_reaches_methods_that_take_one() -> None:
     assert options() == {"seed": 7}
     assert options("options={probes: 2, seed: 3}") == {"seed": 3, "probes": 2}
     assert options("method=sqnr") == {}
+    assert options("method=hessian") == {"seed": 7, "loss": classification_loss}
+
+
+def test_methods_that_need_labels_get_those_of_the_calibration_samples(tmp_path: Path) -> None:
+    """The labels are the right ones: the trained network's loss on them is low."""
+    recipe = open_recipe(
+        "resnet.yaml",
+        [*FEW, "target=reference", "method=hessian", "options={probes: 1}", f"output={tmp_path}"],
+    )
+    seen: list[float] = []
+
+    def loss(model: nn.Module, batch: object) -> Tensor:
+        seen.append(float(classification_loss(model, batch).detach()))
+        return classification_loss(model, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "classification_loss", loss)
+        report = run_recipe(recipe, Console(file=io.StringIO()))
+    assert max(seen) < 1.0
+    assert (report.method, report.unit, report.curve) == ("hessian", "score", ())
+    page = (tmp_path / "report.html").read_text()
+    assert "the method hessian predicts none" in page
+    assert "SQNR alone is" not in page
 
 
 def test_the_recipes_threads_are_used_and_given_back(
