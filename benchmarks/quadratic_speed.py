@@ -16,8 +16,8 @@ from fxmpq.costs.table import CostTable
 from fxmpq.recipes.fashion_mnist import embedded_subset
 from fxmpq.recipes.models.resnet20 import pretrained
 from fxmpq.sensitivity.interactions import shrinkage
-from fxmpq.solver.quadratic import quadratic as program
 from fxmpq.solver.program import Row, Solution, solve_program
+from fxmpq.solver.quadratic import quadratic as program
 from fxmpq.solver.quadratic.outer_approximation import Optimum
 from fxmpq.solver.quadratic.quadratic import quadratic
 
