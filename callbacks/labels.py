@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from torch import nn
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fxmpq.sensitivity.measure import METHODS
 from fxmpq.training.loss import StepLoss
 
 STEPS = ("training_step", "validation_step")
-# Scores that compare outputs with the float network's; all others read the module's batches.
-LABEL_FREE = ("noise", "kl")
-
-
-def reads_labels(method: str, options: Mapping[str, object]) -> bool:
-    """Whether a method with these options takes the module's own batches, labels included.
-
-    Args:
-        method: Sensitivity method.
-        options: Its options.
-
-    Examples:
-        >>> reads_labels("sqnr", {}), reads_labels("sqnr", {"score": "validation_step"})
-        (False, True)
-    """
-    score = options.get("score", LABEL_FREE[0])
-    by_score = not (isinstance(score, str) and score in LABEL_FREE)
-    return METHODS[method].labels or "loss" in options or by_score
 
 
 def with_step_losses(
@@ -55,3 +40,21 @@ def with_step_losses(
         if isinstance(value, str) and value in STEPS:
             found[name] = StepLoss(module, path, value)
     return found
+
+
+def step_batches(trainer: Trainer, batches: Iterable[object]) -> list[Any]:
+    """Batches as the Trainer hands them to a step: converted, moved, the module's hooks run.
+
+    Args:
+        trainer: The running Trainer.
+        batches: What the module's loaders yield.
+
+    Returns:
+        Tensors are copies on the CPU.
+    """
+    convert, place = trainer.precision_plugin.convert_input, trainer.strategy.batch_to_device
+    placed = [place(convert(batch)) for batch in batches]
+    return [
+        pytree.tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), batch)
+        for batch in placed
+    ]

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from fxmpq.callbacks.calibration_source import CalibrationSource
 from fxmpq.callbacks.capture import capture_batches, undisturbed
-from fxmpq.callbacks.labels import reads_labels, with_step_losses
-from fxmpq.callbacks.options import check_options
+from fxmpq.callbacks.labels import step_batches, with_step_losses
+from fxmpq.callbacks.options import check_options, own_journal
 from fxmpq.callbacks.publish import publish_plan, shows_progress
 from fxmpq.callbacks.slot import NetworkSlot
 from fxmpq.callbacks.strategies import check_strategy, share_plan
@@ -22,6 +22,7 @@ from fxmpq.callbacks.surgery import find_submodule
 from fxmpq.errors import FxmpqError
 from fxmpq.formats import Precision
 from fxmpq.pipeline import Quantized, quantize
+from fxmpq.sensitivity.measure import reads_labels
 from fxmpq.solver.budget import Budget
 from fxmpq.solver.plan import Plan
 from fxmpq.solver.programs import check_program, program_of
@@ -70,7 +71,8 @@ class MixedPrecisionCallback(Callback):
         exclude: Layers that stay float.
         report_dir: Where to write `plan.json`; `trainer.log_dir` if `None`.
         **options: Further options of `fxmpq.quantize`: `bias_correction`, `resume`, and the
-            method's, as `probes=4, seed=1`.
+            method's, as `probes=4, seed=1`. With several processes, all but the first add
+            their rank to the name of the journal.
 
     Raises:
         FxmpqError: A subclass for an unusable target, budget, method, precision, option or
@@ -216,10 +218,13 @@ class MixedPrecisionCallback(Callback):
     def _quantize(self, trainer: Trainer, module: LightningModule) -> Quantized:
         network = find_submodule(module, self._slot.path)
         batches = self._source.take(trainer)
-        options = with_step_losses(self._method, self._options, module, self._slot.path)
+        options = own_journal(self._options, trainer.global_rank)
+        options = with_step_losses(self._method, options, module, self._slot.path)
         captured = capture_batches(trainer, module, self._slot.path, batches)
         placed = _shared(trainer, captured)
-        labelled = _shared(trainer, batches) if reads_labels(self._method, options) else None
+        labelled = None
+        if reads_labels(self._method, options):
+            labelled = _shared(trainer, step_batches(trainer, batches))
         return quantize(
             network,
             placed,

@@ -71,7 +71,8 @@ class Journal:
         """Read the units of an earlier run of the same kind; returns their lines."""
         if not self.path.exists():
             return []
-        first, *lines = self.path.read_text(encoding="utf-8").split("\n")
+        # What is no text at all becomes a first line that is no header.
+        first, *lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         found = self._header(first)
         if found != run:
             differing = sorted(key for key in {*found, *run} if found.get(key) != run.get(key))
@@ -87,8 +88,14 @@ class Journal:
             return []
         kept = []
         for line in lines[:-1]:
-            name, numbers = json.loads(line)
-            self.done[str(name)] = [float(number) for number in numbers]
+            try:
+                name, numbers = json.loads(line)
+                self.done[str(name)] = [float(number) for number in numbers]
+            except (TypeError, ValueError) as error:
+                raise FileFormatError(
+                    f"{self.path} holds a line that is no finished unit: {line[:80]!r}. Delete "
+                    "that line to measure the unit anew, or the file to start anew"
+                ) from error
             kept.append(line)
         return kept
 
@@ -97,7 +104,11 @@ class Journal:
             header = json.loads(line)
         except json.JSONDecodeError:
             header = None
-        if not isinstance(header, dict) or header.get("schema") != SCHEMA:
+        if (
+            not isinstance(header, dict)
+            or header.get("schema") != SCHEMA
+            or not isinstance(header.get("run"), dict)
+        ):
             raise FileFormatError(
                 f"{self.path} is no journal of interrupted work; name a file that does not exist "
                 "yet, or one that an interrupted run left"
@@ -115,7 +126,7 @@ def data_digest(batches: Iterable[object]) -> str:
     """SHA-256 of all tensors in some batches, with their shapes and types, as hexadecimal.
 
     Args:
-        batches: Any nesting of tensors and plain values.
+        batches: Any nesting of tensors and plain values, in mappings of any kind too.
 
     Examples:
         >>> import torch
@@ -128,6 +139,9 @@ def data_digest(batches: Iterable[object]) -> str:
             digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
             values = leaf.detach().cpu().contiguous().flatten()
             digest.update(values.view(torch.uint8).numpy().tobytes())
+        elif isinstance(leaf, Mapping):
+            # As tokenizers return: no container to torch, and its `repr` leaves numbers out.
+            digest.update(f"{list(leaf)}{data_digest(leaf.values())}".encode())
         else:
             digest.update(repr(leaf).encode())
     return digest.hexdigest()

@@ -6,18 +6,23 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
+import torch
 from torch import fx, nn
 
 from fxmpq.calibration.calibrate import calibrate
 from fxmpq.costs.cost import cost
 from fxmpq.costs.table import CostTable
+from fxmpq.errors import FxmpqError
 from fxmpq.formats import Precision
-from fxmpq.graph.batches import Batch, materialize
+from fxmpq.graph.batches import Batch, graph_device, materialize
 from fxmpq.graph.state import state_of
 from fxmpq.graph.trace import trace
-from fxmpq.sensitivity.measure import check_method, measure
+from fxmpq.sensitivity.measure import check_method, measure, reads_labels
+from fxmpq.sensitivity.scores import find_score, is_metric
 from fxmpq.sensitivity.sensitivity import Sensitivity
+from fxmpq.sensitivity.signal import check_base
 from fxmpq.solver.budget import Budget
 from fxmpq.solver.plan import Plan
 from fxmpq.solver.programs import check_program, program_of
@@ -26,6 +31,7 @@ from fxmpq.steps import apply, prepare
 from fxmpq.targets.convert import convert
 from fxmpq.targets.registry import get_target
 from fxmpq.targets.target import Converted, Target
+from fxmpq.training.loss import LossFunction, check_loss, loss_value, on_device
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ def quantize(
         candidates: Precisions to choose from, as `["w2a8", "w4a8", "w8a8"]`.
         method: Sensitivity method, a key of `METHODS`; the guide says which to choose.
         program: Form of the bit-width program, a key of `PROGRAMS`; the method's own if `None`.
-        labelled: What a `loss` or `score` that reads labels takes, for methods with one; the
+        labelled: What a `loss` or metric takes, labels included, for methods with one; the
             calibration batches if `None`.
         keep: Layers that must have a precision, as `{"classifier": "w8a8"}`.
         exclude: Layers that stay float, even where `keep` matches too.
@@ -106,7 +112,8 @@ def quantize(
         The simulated graph, the plan, and what it was made from.
 
     Raises:
-        FxmpqError: A subclass for each unusable request, before long work starts.
+        FxmpqError: A subclass for each unusable request: before long work starts, but for
+            what a method alone can tell of its options' values.
 
     Examples:
         >>> import torch
@@ -121,7 +128,7 @@ def quantize(
     check_method(method, options)
     check_program(program or program_of(method))
     batches = materialize(calibration)
-    measured = batches if labelled is None else materialize(labelled, "labelled")
+    measured = _measured(batches, labelled, method, options)
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
 
@@ -132,6 +139,8 @@ def quantize(
         clock = now
 
     graph = trace(model, batches[0])
+    if reads_labels(method, options):
+        _try_loss(graph, measured[0], options, is_labelled=labelled is not None)
     prepared = prepare(graph, found_target, candidates=candidates, keep=keep, exclude=exclude)
     costs = cost(prepared)
     wanted_budget.check_feasible(costs)
@@ -150,6 +159,55 @@ def quantize(
     plan = finish_plan(calibrated, solve(sensitivity, costs, wanted_budget, program=program))
     lap("solve")
     return Quantized(apply(calibrated, plan), calibrated, plan, sensitivity, costs, seconds)
+
+
+def _measured(
+    batches: list[Batch],
+    labelled: Iterable[object] | None,
+    method: str,
+    options: Mapping[str, object],
+) -> Sequence[object]:
+    """What the method measures with; refuses labels that nothing reads, and a missing target."""
+    score = options.get("score", "noise")
+    find_score(score)  # type: ignore[arg-type]  # it refuses what is none
+    if labelled is None:
+        if is_metric(score):
+            raise FxmpqError(
+                f"a metric as score needs targets: give labelled=, batches (what the model takes, "
+                f"target) for {type(score).__name__}"
+            )
+        return batches
+    if not reads_labels(method, options):
+        raise FxmpqError(
+            f"labelled= is what a loss or a metric takes, and the method {method!r} has none here; "
+            "leave labelled out, or give loss= or score= to a method that takes one"
+        )
+    return materialize(labelled, "labelled")
+
+
+def _try_loss(
+    graph: fx.GraphModule, batch: object, options: Mapping[str, object], *, is_labelled: bool
+) -> None:
+    """Run a loss once, so that labels it cannot read are found before long work."""
+    loss = options.get("loss", options.get("score"))
+    if is_metric(loss):
+        return
+    check_loss(loss)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            placed = on_device(batch, graph_device(graph))
+            found = float(loss_value(cast(LossFunction, loss), graph, placed).detach())
+    except Exception as error:
+        if isinstance(error, FxmpqError) and is_labelled:
+            raise
+        where = "the labelled batches"
+        if not is_labelled:
+            where = "the calibration batches, as labelled= is not given"
+        raise FxmpqError(
+            f"the loss failed on the first of {where}: {type(error).__name__}: {error}. Give "
+            "labelled=, batches as the loss takes them"
+        ) from error
+    check_base(found)
 
 
 def finish_plan(graph: fx.GraphModule, plan: Plan) -> Plan:

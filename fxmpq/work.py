@@ -39,10 +39,6 @@ class Work:
         """Iterate with a progress bar; see `fxmpq.progress.track`."""
         return track(items, description, total=total, shown=self._shown)
 
-    def is_done(self, name: str) -> bool:
-        """Whether an interrupted run has recorded this unit."""
-        return self._journal is not None and name in self._journal.done
-
     def unit(self, name: str, compute: Callable[[], Sequence[float]]) -> list[float]:
         """The numbers of one unit of work: recorded ones, else computed now and recorded.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> Report:
     """Load, quantize, convert and measure what a recipe names, and write everything down.
 
     Writes to `recipe.output`: `recipe.yaml` (with every default filled in), `plan.json`,
-    `report.json`, `report.html`, `tradeoff.png`, `tradeoff.svg` and the converted model.
+    `report.json`, `report.html`, `tradeoff.png`, `tradeoff.svg` and the converted model. A search
+    that is interrupted leaves `search.journal`, and the same recipe run again goes on from it.
 
     Args:
         recipe: From `open_recipe` or `read_recipe`.
@@ -56,7 +58,9 @@ def _run(recipe: Recipe, options: Mapping[str, Any], output: Path, console: Cons
     say(f"loading {recipe.model.name} and its data")
     loaded = load(recipe)
     say(f"searching precisions for {loaded.model_text} at {recipe.budget} on {recipe.target}")
-    quantized = _search(recipe, loaded, options)
+    journal = output / "search.journal"
+    quantized = _search(recipe, loaded, options, journal)
+    journal.unlink()
     plan = quantized.plan
     plan.to_json(output / "plan.json")
     say(
@@ -92,18 +96,34 @@ def method_options(recipe: Recipe) -> dict[str, object]:
         Keyword arguments of the method.
 
     Raises:
-        FxmpqError: If the method is unknown, or has no such option, with those it has.
+        FxmpqError: If the method is unknown, or has no such option, with those it has; or an
+            option has no value that a recipe can give.
     """
     losses: dict[str, object] = {}
+    if "loss" in recipe.options:
+        raise RecipeError(
+            "a recipe names no loss: it is the cross-entropy of the calibration samples' labels. "
+            "Leave out options.loss"
+        )
     if recipe.method in METHODS and METHODS[recipe.method].labels:
         losses["loss"] = classification_loss
     check_method(recipe.method, [*recipe.options, *losses])
     legal = option_names(recipe.method)
     seeds: Mapping[str, object] = {"seed": recipe.seed} if "seed" in legal else {}
-    return {**seeds, **losses, **recipe.options}
+    options = {name: _number(recipe.method, name, entry) for name, entry in recipe.options.items()}
+    return {**seeds, **losses, **options}
 
 
-def _search(recipe: Recipe, loaded: Loaded, options: Mapping[str, Any]) -> Quantized:
+def _number(method: str, name: str, value: object) -> object:
+    """An option's value; a number like 1e-3, which YAML takes for text, is read as one."""
+    default = inspect.signature(METHODS[method].estimate).parameters[name].default
+    try:
+        return float(value) if isinstance(value, str) and isinstance(default, float) else value
+    except ValueError as error:
+        raise RecipeError(f"options.{name} is {value!r}; it must be a number") from error
+
+
+def _search(recipe: Recipe, loaded: Loaded, options: Mapping[str, Any], journal: Path) -> Quantized:
     return quantize(
         loaded.model,
         loaded.calibration,
@@ -116,6 +136,7 @@ def _search(recipe: Recipe, loaded: Loaded, options: Mapping[str, Any]) -> Quant
         keep=recipe.keep,
         exclude=recipe.exclude,
         bias_correction=recipe.bias_correction,
+        resume=journal,
         **options,
     )
 

@@ -82,7 +82,7 @@ class _Data(_Section):
     """What every source of data has.
 
     Attributes:
-        calibration_samples: Samples for the search; their labels are not used.
+        calibration_samples: Samples for the search; most methods leave their labels unread.
         test_samples: At most so many samples for the figures, held in memory; all there are if
             `None`.
         batch_size: Samples a batch.

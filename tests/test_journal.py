@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import UserDict
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,33 @@ def test_digests_see_values_types_shapes_and_nesting() -> None:
     ]
     assert data_digest(base) == data_digest(same)
     assert len({data_digest(batches) for batches in [base, *others]}) == 6
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\x00", b'{"schema": "fxmpq.journal", "version": 1}\n']
+)
+def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
+    """Pictures and the like, and a journal that does not say of what."""
+    path = tmp_path / "picture.png"
+    path.write_bytes(content)
+    with pytest.raises(FileFormatError, match="no journal"):
+        Journal(path, RUN)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("line", ["hello", "[1]", '["a", 3]', '["a", ["b"]]', "null"])
+def test_a_line_in_the_middle_that_is_no_unit_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "run.journal"
+    Journal(path, RUN)
+    path.write_text(path.read_text() + line + '\n["b", [1.0]]\n')
+    with pytest.raises(FileFormatError, match="a line that is no finished unit: .*Delete"):
+        Journal(path, RUN)
+
+
+def test_digests_see_into_mappings_that_torch_does_not_know() -> None:
+    """Whose `repr` shows the corners of a large tensor only."""
+    one, other = torch.zeros(2000), torch.zeros(2000)
+    other[1000] = 1
+    found = {data_digest([UserDict(x=x)]) for x in (one, one.clone(), other)}
+    assert len(found) == 2
+    assert data_digest([UserDict(x=one)]) != data_digest([UserDict(y=one)])

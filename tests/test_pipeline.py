@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
 
 import fxmpq
 from fxmpq.errors import BudgetError, CalibrationError, FxmpqError, InfeasibleBudgetError
@@ -100,3 +101,68 @@ def test_finish_plan_names_target_and_layers(conv_net: nn.Module, images: list[T
     plan = finish_plan(prepared, fxmpq.Plan(choices))
     assert plan.target == "reference"
     assert plan.layers == dict.fromkeys(["stem.0", "conv1", "downsample.0", "conv2", "fc"], "w4a8")
+
+
+def broken(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    inputs, labels = batch
+    return nn.functional.cross_entropy(model(inputs), labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labelled": [1]}, "labelled= is what a loss or a metric takes, and the method 'proj"),
+        ({"method": "sqnr", "score": "kl", "labelled": [1]}, "labelled= is what a loss"),
+        ({"method": "sqnr", "score": "kull"}, "no score 'kull'"),
+        ({"method": "sqnr", "score": MulticlassAccuracy(5)}, "needs targets: give labelled="),
+        ({"method": "hessian", "loss": broken}, "the loss failed on .* as labelled= is not given"),
+        ({"method": "sqnr", "score": broken}, "the loss failed on .* as labelled= is not given"),
+        ({"method": "finetune", "loss": "training_step"}, r"a loss is a callable .*found str"),
+        (
+            {"method": "learned_scales", "loss": broken, "labelled": [[1, 2, 3]]},
+            "the loss failed on the first of the labelled batches: ValueError",
+        ),
+        (
+            {"method": "layer_loss", "score": lambda model, batch: batch, "labelled": [[1]]},
+            r"^loss\(model, batch\) must return a scalar",
+        ),
+        (
+            {"method": "layer_loss", "score": lambda model, batch: torch.tensor(torch.nan)},
+            "the score of the unchanged model is nan",
+        ),
+    ],
+)
+def test_losses_and_labels_that_do_not_fit_fail_before_calibration(
+    conv_net: nn.Module,
+    images: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict,
+    message: str,
+) -> None:
+    def started(*args: object, **kwargs: object) -> None:
+        raise AssertionError("long work started")
+
+    monkeypatch.setattr("fxmpq.pipeline.calibrate", started)
+    with pytest.raises(FxmpqError, match=message):
+        quantize(conv_net, images, target="reference", budget="weights=20%", **options)
+
+
+def test_a_loss_reads_its_own_batches(conv_net: nn.Module, images: list[Tensor]) -> None:
+    """The calibration data has no labels; the loss's batches are tried once, then measured."""
+    labelled = [(x, x.flatten(1).argmax(1) % 2) for x in images]
+    for options in (
+        {"method": "hessian", "loss": broken, "probes": 1},
+        {"method": "sqnr", "score": broken},
+        {"method": "sqnr", "score": MulticlassAccuracy(5)},
+    ):
+        result = quantize(
+            conv_net,
+            images,
+            target="reference",
+            budget="weights=20%",
+            candidates=CANDIDATES,
+            labelled=labelled,
+            **options,
+        )
+        assert result.sensitivity.method == options["method"]
+        assert result.plan.relative["weights"] <= 0.2

@@ -91,7 +91,7 @@ def materialize(batches: Iterable[Item], what: str = "calibration") -> list[Item
     found = list(batches)
     if not found:
         raise CalibrationError(
-            f"the {what} data is empty; pass at least one batch of what the model takes"
+            f"the {what} data is empty; pass at least one batch"
         )
     return found
 

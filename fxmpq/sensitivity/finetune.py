@@ -84,16 +84,20 @@ def finetune(
     check_training(batches, loss=loss, epochs=epochs, learning_rate=learning_rate)
     chosen = state.groups if groups is None else _named(state.groups, groups)
     values = {group.name: {str(entry): 0.0 for entry in group.candidates} for group in chosen}
-    units = [
+    lowered = [
         (group, entry) for group in chosen for entry in group.candidates if entry != _widest(group)
     ]
     trainings = _Trainings(graph, batches, loss, epochs, learning_rate, seed)
-    if units:
-        (reference,) = work.unit("reference", trainings.losses_after)
+    # The first is the reference, with no group lowered.
+    units = [(None, Precision()), *lowered] if lowered else []
+    reference = 0.0
     for group, precision in work.track(units, "training with one group lowered"):
-        lowered = partial(trainings.losses_after, group, precision)
-        (found,) = work.unit(f"{group.name} {precision}", lowered)
-        values[group.name][str(precision)] = max(0.0, found - reference)
+        name = "reference" if group is None else f"{group.name} {precision}"
+        (found,) = work.unit(name, partial(trainings.losses_after, group, precision))
+        if group is None:
+            reference = found
+        else:
+            values[group.name][str(precision)] = max(0.0, found - reference)
     return Sensitivity(values, method="finetune", fingerprint=state.fingerprint, unit="loss")
 
 

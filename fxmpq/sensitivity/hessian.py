@@ -19,7 +19,7 @@ from fxmpq.quantizers.modules import ActivationQuantizer
 from fxmpq.sensitivity.changes import weight_changes
 from fxmpq.sensitivity.curvature import Curvature, Part
 from fxmpq.sensitivity.sensitivity import Sensitivity
-from fxmpq.training.loss import LossFunction
+from fxmpq.training.loss import LossFunction, check_loss
 from fxmpq.work import Work
 
 _LOGGER = logging.getLogger(__name__)
@@ -109,6 +109,7 @@ def hessian(
         True
     """
     state = require(graph, stage="calibrated")
+    check_loss(loss)
     _check(probes, tolerance)
     found = materialize(batches)
     curvature = Curvature(graph, loss, activations=activations)

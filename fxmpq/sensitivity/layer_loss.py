@@ -11,7 +11,7 @@ from fxmpq.errors import FxmpqError
 from fxmpq.formats import Precision
 from fxmpq.graph.batches import Batch, materialize
 from fxmpq.graph.state import require
-from fxmpq.sensitivity.scores import Asked, find_score, unit_of
+from fxmpq.sensitivity.scores import Asked, find_score
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.sensitivity.sqnr import increases
 from fxmpq.sensitivity.sweep import Sweep
@@ -55,7 +55,7 @@ def layer_loss(
             metric.
 
     Returns:
-        Sensitivity without projections.
+        Sensitivity of unit `loss`, without projections.
 
     Raises:
         FxmpqError: If the score, a group or precision of the base is unknown, or the floor is
@@ -92,6 +92,5 @@ def layer_loss(
         }
         for group, row in rises.items()
     }
-    return Sensitivity(
-        values, method="layer_loss", fingerprint=state.fingerprint, unit=unit_of(found)
-    )
+    # Noise too: what the base adds to it is in no value, so that no SQNR can be told from them.
+    return Sensitivity(values, method="layer_loss", fingerprint=state.fingerprint, unit="loss")

@@ -13,6 +13,7 @@ from torch import fx
 from fxmpq.errors import FxmpqError, closest
 from fxmpq.graph.batches import materialize
 from fxmpq.graph.state import require
+from fxmpq.identity import identity
 from fxmpq.journal import Journal, data_digest
 from fxmpq.quantizers.modules import ActivationQuantizer
 from fxmpq.sensitivity.entropy import entropy
@@ -23,6 +24,7 @@ from fxmpq.sensitivity.learned_scales import learned_scales
 from fxmpq.sensitivity.orthogonality import orthogonality
 from fxmpq.sensitivity.pairwise import pairwise
 from fxmpq.sensitivity.projected import projected
+from fxmpq.sensitivity.scores import SCORES, OutputScore
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.sensitivity.sqnr import sqnr
 from fxmpq.work import Work
@@ -99,8 +101,6 @@ def measure(
     if resume is not None:
         journal = Journal(resume, _run(graph, found, method, options))
     work = Work(shown=progress, journal=journal)
-    if "work" not in inspect.signature(METHODS[method].estimate).parameters:
-        return METHODS[method].estimate(graph, work.track(found, "measuring"), **options)
     return METHODS[method].estimate(graph, found, work=work, **options)
 
 
@@ -143,31 +143,39 @@ def check_method(method: str, options: Collection[str] = ()) -> None:
         )
 
 
+def reads_labels(method: str, options: Mapping[str, object]) -> bool:
+    """Whether a method with these options takes what a loss or metric takes, labels included.
+
+    All others take what the model takes.
+
+    Args:
+        method: A key of `METHODS`.
+        options: Its options.
+
+    Examples:
+        >>> reads_labels("sqnr", {"score": "kl"}), reads_labels("hessian", {})
+        (False, True)
+    """
+    score = options.get("score", "noise")
+    compares = isinstance(score, OutputScore) or (isinstance(score, str) and score in SCORES)
+    return METHODS[method].labels or not compares
+
+
 def _run(
     graph: fx.GraphModule, batches: Sequence[object], method: str, options: Mapping[str, object]
 ) -> dict[str, object]:
     """What identifies a run: its journal is no other's."""
     state = require(graph, stage="calibrated")
+    parameters = inspect.signature(METHODS[method].estimate).parameters
+    defaults = {name: parameters[name].default for name in method_options(method)}
     ranges = [
         module.ranges for module in graph.modules() if isinstance(module, ActivationQuantizer)
     ]
     return {
         "method": method,
-        "options": {name: _plain(value) for name, value in sorted(options.items())},
+        "options": identity({**defaults, **options}),
         "model": state.fingerprint,
         "candidates": {group.name: [str(c) for c in group.candidates] for group in state.groups},
         "ranges": data_digest([repr(ranges), *graph.state_dict().values()]),
         "data": data_digest(batches),
     }
-
-
-def _plain(value: object) -> object:
-    """An option as JSON has it; a callable by its name."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(name): _plain(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    kind = value if callable(value) and hasattr(value, "__qualname__") else type(value)
-    return f"{kind.__module__}.{getattr(kind, '__qualname__', '')}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -72,7 +73,7 @@ def orthogonality(
         beta: Positive.
         credit: `suffix` as published (a group also has credit for all groups behind it), or
             `own`.
-        work: Shows progress.
+        work: Shows progress, and records one unit per batch.
 
     Returns:
         Sensitivity of unit `score`, without projections.
@@ -97,8 +98,9 @@ def orthogonality(
     _check_samples(batches)
     features = FeatureGrams(graph, center=center)
     products = torch.zeros(len(state.groups), len(state.groups), dtype=torch.float64)
-    for batch in work.track(batches, "comparing features"):
-        products += _inner_products(features.grams(batch))
+    for index, batch in enumerate(work.track(batches, "comparing features")):
+        compared = work.unit(f"batch {index}", partial(_compared, features, batch))
+        products += torch.tensor(compared, dtype=torch.float64).reshape(products.shape)
     shares = importance(_normalised(products), beta)
     if credit == "suffix":
         shares = suffix_means(shares)
@@ -184,6 +186,12 @@ def suffix_means(values: Tensor) -> Tensor:
 def _inner_products(grams: Tensor) -> Tensor:
     flat = grams.flatten(1)
     return flat @ flat.T
+
+
+def _compared(features: FeatureGrams, batch: Batch) -> list[float]:
+    """Inner products between the Gram matrices of every two groups on one batch, row by row."""
+    found: list[float] = _inner_products(features.grams(batch)).flatten().tolist()
+    return found
 
 
 def _normalised(products: Tensor) -> Tensor:

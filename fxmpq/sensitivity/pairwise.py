@@ -77,7 +77,7 @@ def pairwise(
         Sensitivity whose `pairs()` is the projected `M`.
 
     Raises:
-        FxmpqError: If the score is unknown or a metric.
+        FxmpqError: If the score is unknown or a metric, or an increase is NaN or infinite.
         CalibrationError: If there are no batches, or the float model's score is no number.
 
     Examples:
@@ -103,6 +103,7 @@ def pairwise(
     entries = [(group.name, str(c)) for group in state.groups for c in group.candidates]
     with measuring():
         found = _pair_increases(Sweep(graph), materialize(batches), asked, entries, work)
+    _check_finite(found, entries)
     values: dict[str, dict[str, float]] = {}
     for index, (group, precision) in enumerate(entries):
         values.setdefault(group, {})[precision] = float(found[index, index])
@@ -192,6 +193,17 @@ def _pair_increases(
         if precision == _FLOAT:
             totals[row, row:] = np.diag(totals)[row:]
     return (totals - base) / weight
+
+
+def _check_finite(increases: Matrix, entries: Sequence[Entry]) -> None:
+    """Name the first increase that is no number."""
+    for row, column in np.argwhere(~np.isfinite(increases)).tolist():
+        pair = dict.fromkeys([entries[row], entries[column]])
+        names = " with ".join(f"{group!r} at {precision}" for group, precision in pair)
+        raise FxmpqError(
+            f"the score's increase for {names} is {increases[row, column]}; every increase must "
+            "be finite. Check the loss, or leave out candidates of so few bits"
+        )
 
 
 def _columns(entries: Sequence[Entry], row: int) -> list[int]:

@@ -138,7 +138,7 @@ SCORES: Mapping[str, OutputScore] = {
 AVERAGES: Mapping[str, OutputScore] = {
     "ratio": SCORES["noise"],
     "samples": OutputScore("noise", flatten_outputs, sample_count, sample_noise),
-    "sqnr": OutputScore("noise", flatten_outputs, sample_count, sample_sqnr, inverse),
+    "sqnr": OutputScore("score", flatten_outputs, sample_count, sample_sqnr, inverse),
 }
 """How noise is averaged over samples."""
 

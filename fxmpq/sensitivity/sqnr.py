@@ -27,7 +27,7 @@ from fxmpq.sensitivity.scores import (
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.sensitivity.signal import check_base, check_signal
 from fxmpq.sensitivity.sweep import Sweep, measuring
-from fxmpq.training.loss import LossFunction
+from fxmpq.training.loss import LossFunction, on_device
 from fxmpq.work import Work
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ def sqnr(
     | `"samples"` | `mean_n (||e_n||^2 / ||y_n||^2)` | adds up; all samples count the same |
     | `"sqnr"` | `1 / mean_n (||y_n||^2 / ||e_n||^2)` | the mean SQNR, as published |
 
-    The last is a ranking only: a sample with hardly any error outweighs the others, so each
-    counts for at most 120 dB.
+    The last ranks and predicts nothing (unit `score`): a sample with hardly any error outweighs
+    the others, so each counts for at most 120 dB.
 
     Cost: one forward pass per (group, precision), of which only the nodes downstream of the
     group are run again; the float values of one batch are kept in memory. A metric is computed
@@ -171,7 +171,9 @@ def _metric_increases(
     values = {}
     for group in work.track(list(sweep.groups.values()), "sweep"):
         entries = _entries(group)
-        found = work.unit(group.name, partial(_metric_values, sweep, pairs, metric, entries))
+        found = work.unit(
+            f"group {group.name}", partial(_metric_values, sweep, pairs, metric, entries)
+        )
         values[group.name] = {
             str(candidate): sign * (value - base)
             for candidate, value in zip(group.candidates, found, strict=True)
@@ -191,7 +193,7 @@ def _metric_values(
         own.reset()
     for inputs, target in pairs:
         sweep.start(flat_inputs(sweep.network, inputs))
-        truth = target.to(device) if isinstance(target, Tensor) else target
+        truth = on_device(target, device)
         for own, changes in zip(metrics, entries, strict=True):
             outputs = float_outputs(sweep.outputs(changes))
             if not outputs:

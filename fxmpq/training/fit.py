@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from fxmpq.errors import FxmpqError
 from fxmpq.graph.batches import graph_device
-from fxmpq.training.loss import LossFunction, loss_value, on_device
+from fxmpq.training.loss import LossFunction, check_loss, loss_value, on_device
 from fxmpq.training.trainable import clamp_steps
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ def fit(
     one optimizer step a batch; the batches come in a new order each epoch. Gradients are clipped
     by value to [-1, 1], a parameter whose gradient is exactly zero is left alone (no momentum,
     no weight decay), and learned steps are kept within their bounds. The `Trainer` logs nothing
-    and writes no files. Random numbers that the loss draws are seeded too, and the global
-    generators are put back. On a CPU the same seed gives the same bits; on a GPU as far as its
-    kernels do.
+    and writes no files. Random numbers that the loss draws from torch are seeded too, and the
+    global generators are put back, whatever happens. On a CPU the same seed gives the same bits;
+    on a GPU as far as its kernels do.
 
     Cost: `epochs * len(batches) * passes` forward and backward passes.
 
@@ -67,15 +67,12 @@ def fit(
         shown: Whether to show a progress bar, when standard error is a terminal.
 
     Raises:
-        FxmpqError: If an option is out of range, or the loss is no finite scalar.
+        FxmpqError: If an option is out of range, or the loss is no finite scalar with a gradient.
         KeyboardInterrupt: If interrupted; the handler of SIGINT is put back.
     """
     check_training(batches, loss=loss, epochs=epochs, learning_rate=learning_rate)
-    from lightning.pytorch.utilities.seed import isolate_rng
-
     device = graph_device(graph)
-    with torch.inference_mode(False), torch.enable_grad(), isolate_rng(), _quiet():
-        torch.manual_seed(seed)
+    with torch.inference_mode(False), torch.enable_grad(), _seeded(seed), _quiet():
         module = _learning(graph, loss, learning_rate, weight_decay, passes)
         try:
             _run(_trainer(device, epochs, shown), module, _Shuffled(batches, seed))
@@ -92,16 +89,16 @@ def check_training(
     Raises:
         FxmpqError: Naming the option, what was found and what is legal.
     """
-    if not callable(loss):
-        raise FxmpqError(
-            f"training needs loss(model, batch), a scalar tensor; found {type(loss).__name__}"
-        )
+    check_loss(loss)
     if not batches:
         raise FxmpqError("there is nothing to train on; pass at least one batch of what loss takes")
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise FxmpqError(f"epochs is {epochs!r}; it must be a whole number, at least 1")
-    if not (math.isfinite(learning_rate) and learning_rate > 0):
-        raise FxmpqError(f"learning_rate is {learning_rate!r}; it must be positive and finite")
+    is_number = isinstance(learning_rate, (int, float)) and not isinstance(learning_rate, bool)
+    if not (is_number and math.isfinite(learning_rate) and learning_rate > 0):
+        raise FxmpqError(
+            f"learning_rate is {learning_rate!r}; it must be positive and finite, and a number"
+        )
 
 
 def finite_loss(loss: LossFunction, graph: fx.GraphModule, batch: object) -> Tensor:
@@ -117,6 +114,15 @@ def finite_loss(loss: LossFunction, graph: fx.GraphModule, batch: object) -> Ten
             "and labels"
         )
     return found
+
+
+def _check_gradient(loss: Tensor) -> None:
+    if not loss.requires_grad:
+        raise FxmpqError(
+            "the loss has no gradient with respect to the model's outputs, so nothing can be "
+            "trained with it; compute it from the outputs with differentiable operators, and "
+            "neither .item(), .detach() nor torch.no_grad()"
+        )
 
 
 class _Shuffled:
@@ -157,7 +163,9 @@ def _learning(
             assert isinstance(schedule, torch.optim.lr_scheduler.CosineAnnealingLR)
             optimizer.zero_grad(set_to_none=True)
             for _ in [None] if passes is None else passes():
-                self.manual_backward(finite_loss(loss, graph, batch))
+                found = finite_loss(loss, graph, batch)
+                _check_gradient(found)
+                self.manual_backward(found)
             self.clip_gradients(optimizer, _LARGEST_GRADIENT, "value")
             for parameter in graph.parameters():
                 if parameter.grad is not None and not parameter.grad.any():
@@ -165,6 +173,10 @@ def _learning(
             optimizer.step()
             schedule.step()
             clamp_steps(graph)
+
+        def transfer_batch_to_device(self, batch: object, *_: object, **_more: object) -> object:
+            """Leave it to `finite_loss`, which moves no batch of the user's in place."""
+            return batch
 
         def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
             """SGD under a cosine that ends with the last batch."""
@@ -204,6 +216,23 @@ def _run(trainer: Trainer, module: LightningModule, batches: _Shuffled) -> None:
             raise
         signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from stop
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global generators for a while."""
+    from lightning.pytorch.utilities.seed import isolate_rng
+
+    failure: BaseException | None = None
+    # isolate_rng restores nothing when an exception passes through it.
+    with isolate_rng():
+        torch.manual_seed(seed)
+        try:
+            yield
+        except BaseException as error:  # noqa: BLE001  (raised again below, unchanged)
+            failure = error
+    if failure is not None:
+        raise failure
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 from fxmpq.errors import FxmpqError, closest
 from fxmpq.graph.batches import Item
 from fxmpq.graph.run import float_outputs
+
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """`loss(model, batch)`: a scalar, the mean over the batch's samples; the batch holds labels."""
@@ -31,6 +33,11 @@ class StepLoss:
         module: The LightningModule; not changed.
         path: Attribute path of the network in it, as `model` or `net.encoder`.
         step: `training_step` or `validation_step`; it must return the loss.
+
+    Attributes:
+        module: The copy, with nothing in the network's place.
+        path: As given.
+        step: As given.
 
     Raises:
         FxmpqError: If the module has no such network or step, or cannot be copied; on a call,
@@ -61,19 +68,45 @@ class StepLoss:
                 f"{type(module).__name__} has no {step!r} to take the loss from; give "
                 "'training_step' or 'validation_step', or a callable loss(model, batch)"
             )
-        self._module = _copy_around(module, known[path])
-        self._path = path
-        self._step = step
+        self.module = _copy_around(module, known[path])
+        self.path = path
+        self.step = step
+        self._put(nn.Identity())
 
     def __call__(self, model: nn.Module, batch: object) -> Tensor:
         """The step's loss on a batch, computed with `model` as the network."""
-        parent, _, name = self._path.rpartition(".")
-        setattr(self._module.get_submodule(parent), name, model)
-        step = getattr(self._module, self._step)
+        step = getattr(self.module, self.step)
         _, *further = inspect.signature(step).parameters.values()
         # The index of the batch, and of its loader if the step insists on one.
-        wanted = [entry for entry in further if entry.default is inspect.Parameter.empty]
-        return _loss_of(step(batch, *[0 for _ in wanted]), self._step)
+        wanted = [
+            entry
+            for entry in further
+            if entry.default is inspect.Parameter.empty and entry.kind in _BY_POSITION
+        ]
+        self._put(model)
+        try:
+            return _loss_of(step(batch, *[0 for _ in wanted]), self.step)
+        finally:
+            # The network is not kept: neither its memory, nor as a part of what this loss is.
+            self._put(nn.Identity())
+
+    def _put(self, model: nn.Module) -> None:
+        """Put a module in the network's place."""
+        parent, _, name = self.path.rpartition(".")
+        setattr(self.module.get_submodule(parent), name, model)
+
+
+def check_loss(loss: object) -> None:
+    """Refuse what is no loss.
+
+    Raises:
+        FxmpqError: With what is one.
+    """
+    if not callable(loss) or isinstance(loss, str):
+        raise FxmpqError(
+            "a loss is a callable loss(model, batch) that returns a scalar tensor, or "
+            f"fxmpq.StepLoss(your LightningModule); found {type(loss).__name__}"
+        )
 
 
 def loss_value(loss: LossFunction, model: nn.Module, batch: object) -> Tensor:
@@ -115,17 +148,24 @@ def check_was_run(was_run: bool) -> None:
 def on_device(batch: Item, device: torch.device) -> Item:
     """Move all tensors in a batch to a device.
 
-    Tensors made in inference mode are copied, since they can never be differentiated.
+    Tensors made in inference mode are copied, since they can never be differentiated. The batch
+    itself is not changed.
 
     Args:
-        batch: Any nesting of tensors and plain values.
+        batch: Any nesting of tensors and plain values, in mappings of any kind too.
         device: Where to.
     """
 
-    def moved(tensor: Tensor) -> Tensor:
-        return (tensor.clone() if tensor.is_inference() else tensor).to(device)
+    def moved(leaf: object) -> object:
+        if isinstance(leaf, Tensor):
+            return (leaf.clone() if leaf.is_inference() else leaf).to(device)
+        if isinstance(leaf, MutableMapping):
+            # As tokenizers return: no container to torch.
+            leaf = copy.copy(leaf)
+            leaf.update({name: on_device(entry, device) for name, entry in leaf.items()})
+        return leaf
 
-    found: Item = pytree.tree_map_only(Tensor, moved, batch)
+    found: Item = pytree.tree_map(moved, batch)
     return found
 
 
@@ -133,13 +173,15 @@ def batch_samples(batch: object) -> int:
     """Number of samples: the first dimension of the first tensor in a batch that has one.
 
     Args:
-        batch: Any nesting of tensors and plain values.
+        batch: Any nesting of tensors and plain values, in mappings of any kind too.
 
     Examples:
         >>> batch_samples({"x": torch.zeros(4, 2), "y": torch.zeros(4)})
         4
     """
     for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Mapping) and leaf:
+            return batch_samples(list(leaf.values()))
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             return int(leaf.shape[0])
     return 1

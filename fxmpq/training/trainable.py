@@ -14,6 +14,7 @@ from fxmpq.graph.batches import graph_device
 from fxmpq.graph.state import Group, Layer, copy_graph, require, with_state
 from fxmpq.quantizers.learned import LearnedQuantizer, activation_step, weight_step
 from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
+from fxmpq.training.loss import check_was_run
 
 
 def trainable(graph: fx.GraphModule) -> fx.GraphModule:
@@ -114,6 +115,9 @@ def begin_steps(graph: fx.GraphModule, groups: Sequence[Group], run: Callable[[]
         graph: From `trainable`; its steps are changed in place.
         groups: Those whose steps begin anew.
         run: Runs the graph on a batch; called once, without gradients.
+
+    Raises:
+        FxmpqError: If `run` does not run the graph.
     """
     magnitudes = _means(graph, run, torch.abs)
     weights = _weights(graph)
@@ -136,6 +140,9 @@ def tensor_powers(graph: fx.GraphModule, run: Callable[[], object]) -> dict[str,
 
     Returns:
         Mean squares, in the order of `learned_quantizers`.
+
+    Raises:
+        FxmpqError: If `run` does not run the graph.
     """
     return _means(graph, run, torch.square)
 
@@ -216,4 +223,5 @@ def _means(
     finally:
         for handle in handles:
             handle.remove()
+    check_was_run(bool(totals) or not handles)
     return {name: totals[name][0] / totals[name][1] for name in learned_quantizers(graph)}

@@ -240,7 +240,7 @@ def test_a_plan_that_cannot_be_written_leaves_the_module_as_it_was(
         ({"target": "tpu"}, TargetError, "no target 'tpu'"),
         ({"budget": "weights"}, BudgetError, "metric=amount"),
         ({"budget": "weights=0%"}, BudgetError, "greater than zero"),
-        ({"method": "hessian"}, FxmpqError, "no sensitivity method 'hessian'"),
+        ({"method": "hesian"}, FxmpqError, "no sensitivity method 'hesian'"),
         ({"candidates": ["8bit"]}, PrecisionError, "cannot read the precision '8bit'"),
         ({"keep": {"*": "w9a9"}}, PrecisionError, "legal widths"),
         ({"target": "onnxruntime", "candidates": ["w3a8"]}, PrecisionError, "cannot run w3a8"),

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import pytest
 
-from fxmpq.callbacks.options import check_options
+from fxmpq.callbacks.options import check_options, own_journal
 from fxmpq.errors import FxmpqError
 from fxmpq.sensitivity.measure import METHODS
 
@@ -31,3 +32,27 @@ def test_an_unknown_option_is_refused_with_the_closest() -> None:
 def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(FxmpqError, match="no sensitivity method 'exact'"):
         check_options("exact", {})
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("hessian", {"loss": "trainin_step"}, "no loss 'trainin_step'; there are 'training_step'"),
+        ("sqnr", {"score": "validation"}, "no score 'validation'; there are 'validation_step'"),
+    ],
+)
+def test_an_unknown_step_is_refused(method: str, options: dict[str, str], message: str) -> None:
+    with pytest.raises(FxmpqError, match=message):
+        check_options(method, options)
+    check_options("sqnr", {"score": "kl"})
+    check_options("sqnr", {"score": "validation_step"})
+    check_options("finetune", {"loss": lambda model, batch: model(batch).mean()})
+
+
+def test_each_process_has_a_journal_of_its_own() -> None:
+    """The first has the one that was named; nothing else changes."""
+    options = {"resume": Path("sweep.journal"), "probes": 2}
+    assert own_journal(options, 0) == options
+    assert own_journal(options, 2) == {"resume": "sweep.journal.2", "probes": 2}
+    assert own_journal({"probes": 2}, 2) == {"probes": 2}
+    assert own_journal({"resume": None}, 2) == {"resume": None}

@@ -16,6 +16,7 @@ from fxmpq.recipes.reading import open_recipe
 from fxmpq.recipes.run import method_options, run_recipe
 from fxmpq.recipes.schema import Recipe, RecipeError, read_recipe
 from fxmpq.report.report import Report
+from fxmpq.sensitivity.projection_pass import ProjectionPass
 from fxmpq.solver.plan import Plan
 from fxmpq.training.loss import classification_loss
 
@@ -188,3 +189,40 @@ def test_the_recipes_threads_are_used_and_given_back(
             run_recipe(recipe, Console(file=io.StringIO()))
     assert used == [3, before]
     assert torch.get_num_threads() == before
+
+
+def test_numbers_that_yaml_takes_for_text_and_losses_that_a_recipe_cannot_name() -> None:
+    def options(*overrides: str) -> dict[str, object]:
+        return method_options(open_recipe("resnet.yaml", ["method=finetune", *overrides]))
+
+    assert options("options.learning_rate=1e-3")["learning_rate"] == 0.001
+    assert options("options.learning_rate=0.5", "options.epochs=2")["epochs"] == 2
+    with pytest.raises(RecipeError, match=r"options.learning_rate is 'fast'; it must be a number"):
+        options("options.learning_rate=fast")
+    with pytest.raises(RecipeError, match="a recipe names no loss"):
+        options("options.loss=training_step")
+
+
+def test_an_interrupted_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it had measured is not measured again; the journal goes when the search is done."""
+    recipe = open_recipe(
+        "resnet.yaml", [*FEW, "target=reference", "options={probes: 1}", f"output={tmp_path}"]
+    )
+    batches: list[object] = []
+    original = ProjectionPass.project
+
+    def project(self: ProjectionPass, *args: object, **kwargs: object) -> object:
+        batches.append(args)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(ProjectionPass, "project", project)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, Console(file=io.StringIO()))
+    assert (tmp_path / "search.journal").exists()
+    monkeypatch.setattr(run_module, "build_report", lambda *_, **__: pytest.fail("far enough"))
+    with pytest.raises(pytest.fail.Exception, match="far enough"):
+        run_recipe(recipe, Console(file=io.StringIO()))
+    assert len(batches) == 2 + 2
+    assert not (tmp_path / "search.journal").exists()

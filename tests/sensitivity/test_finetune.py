@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -212,7 +212,7 @@ def test_the_users_graph_and_loss_module_stay_as_they_were(
         ({"groups": ["main", "last", "main"]}, "groups names 'main' twice"),
         ({"epochs": 0}, "epochs is 0"),
         ({"learning_rate": 0}, "learning_rate is 0"),
-        ({"loss": None}, "training needs loss"),
+        ({"loss": None}, r"a loss is a callable loss\(model, batch\).*found NoneType"),
     ],
 )
 def test_bad_options_are_refused_before_any_work(
@@ -254,3 +254,17 @@ def test_parts_that_do_not_belong_together_are_refused(
 ) -> None:
     with pytest.raises(FxmpqError, match=message):
         merge(parts)
+
+
+def test_every_training_moves_the_progress_bar(graph: fx.GraphModule, batches: list[Pair]) -> None:
+    """The reference's too, which takes as long as any two others."""
+    work, seen = Work(), []
+    original = work.track
+
+    def track(items: Sequence[object], description: str, *, total: int | None = None) -> object:
+        seen.append(len(items))
+        return original(items, description, total=total)
+
+    work.track = track  # type: ignore[method-assign, assignment]
+    measured(graph, batches, groups=["last"], work=work)
+    assert seen == [3]

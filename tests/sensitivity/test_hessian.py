@@ -333,3 +333,8 @@ def test_a_loss_without_curvature_is_an_error(calibrated: Calibrated, labelled: 
 
     with pytest.raises(FxmpqError, match="zero everywhere.*cross_entropy"):
         hessian(graph, labelled, loss=absolute)
+
+
+def test_what_is_no_loss_is_an_error(perceptron: fx.GraphModule, labelled: Labelled) -> None:
+    with pytest.raises(FxmpqError, match=r"a loss is a callable loss\(model, batch\).*found str"):
+        hessian(perceptron, labelled, loss="cross_entropy")

@@ -244,7 +244,7 @@ def test_the_users_graph_and_loss_module_stay_as_they_were(
         ({"guard": "none"}, "no guard 'none'; there are 'monotone', 'forbid'"),
         ({"epochs": 0}, "epochs is 0"),
         ({"learning_rate": -0.1}, "learning_rate is -0.1"),
-        ({"loss": "cross_entropy"}, "training needs loss"),
+        ({"loss": "cross_entropy"}, r"a loss is a callable loss\(model, batch\).*found str"),
     ],
 )
 def test_bad_options_are_refused_before_any_work(

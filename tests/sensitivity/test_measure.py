@@ -3,16 +3,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torchmetrics.classification import MulticlassAccuracy
 
 from fxmpq.errors import BatchError, CalibrationError, FxmpqError
-from fxmpq.sensitivity.measure import METHODS, check_method, measure
+from fxmpq.sensitivity.measure import METHODS, check_method, measure, reads_labels
 from fxmpq.sensitivity.projected import projected
+from fxmpq.sensitivity.scores import SCORES
 from fxmpq.sensitivity.sqnr import sqnr
+from fxmpq.training.loss import StepLoss
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +139,74 @@ def test_an_unknown_option_is_an_error_before_any_work(
         measure(graph, never(), progress=False, **options)
     with pytest.raises(FxmpqError, match="no option 'probes' with the method 'sqnr'; there are '"):
         check_method("sqnr", ["probes"])
+
+
+def test_which_methods_read_labels() -> None:
+    """Those that need a loss, and those whose score is a loss or a metric."""
+    assert not reads_labels("projected", {"probes": 2})
+    assert not reads_labels("sqnr", {"score": "kl"})
+    assert not reads_labels("sqnr", {"score": SCORES["kl"]})
+    assert reads_labels("sqnr", {"score": torch.nn.functional.cross_entropy})
+    assert reads_labels("layer_loss", {"score": MulticlassAccuracy(2)})
+    assert reads_labels("hessian", {})
+
+
+def scaled(factor: float) -> Callable[[nn.Module, Tensor], Tensor]:
+    return lambda model, batch: factor * model(batch).square().mean()
+
+
+class Doubled(nn.Module):
+    """A LightningModule's part that matters here."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.model, self.factor = nn.Identity(), factor
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return self.factor * self.model(batch).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"score": scaled(1)}, {"score": scaled(2)}),
+        ({"score": StepLoss(Doubled(1))}, {"score": StepLoss(Doubled(2))}),
+        ({}, {"average": "samples"}),
+    ],
+)
+def test_a_journal_tells_losses_and_options_apart(
+    graph: fx.GraphModule,
+    images: list[Tensor],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    one: dict[str, Any],
+    other: dict[str, Any],
+) -> None:
+    """Of one name, and of one class; an option at its default is as if it were left out."""
+    path = tmp_path / "sweep.journal"
+    settings = {"method": "sqnr", "progress": False, "resume": path}
+    measure(graph, images[:1], **settings, **one)
+    recorded = path.read_text()
+    with caplog.at_level(logging.WARNING):
+        measure(graph, images[:1], **settings, **{"average": "ratio", **one})
+    assert (path.read_text(), caplog.text) == (recorded, "")
+    with caplog.at_level(logging.WARNING):
+        found = measure(graph, images[:1], **settings, **other)
+    assert "options differ" in caplog.text
+    assert found.values == sqnr(graph, images[:1], **other).values
+
+
+def test_a_metric_with_other_settings_is_another_run(
+    graph: fx.GraphModule, images: list[Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    batches = [(images[0], images[0].flatten(1).argmax(1) % 2)]
+    with torch.no_grad():
+        classes = graph(images[0]).shape[1]
+    settings = {"method": "sqnr", "progress": False, "resume": tmp_path / "sweep.journal"}
+    for top, text in ((1, ""), (1, ""), (2, "options differ")):
+        metric = MulticlassAccuracy(classes, top_k=top, average="micro")
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            found = measure(graph, batches, score=metric, **settings)
+        assert (text in caplog.text) if text else not caplog.text
+        assert found.values == sqnr(graph, batches, score=metric).values

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import UserDict
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from fxmpq.errors import CalibrationError, FxmpqError
 from fxmpq.formats import Precision
 from fxmpq.graph.run import run_batch
 from fxmpq.graph.state import require
+from fxmpq.journal import Journal
 from fxmpq.sensitivity.features import FeatureGrams
 from fxmpq.sensitivity.orthogonality import (
     importance,
@@ -23,6 +26,7 @@ from fxmpq.sensitivity.orthogonality import (
     orthogonality,
     suffix_means,
 )
+from fxmpq.work import Work
 
 Planned = Callable[..., fx.GraphModule]
 CANDIDATES = [Precision.parse(name) for name in ("w2a8", "w4a4", "w4a8", "w8a8")]
@@ -240,3 +244,26 @@ def test_an_uncalibrated_graph_is_an_error(
 ) -> None:
     with pytest.raises(FxmpqError, match="fxmpq.prepare"):
         orthogonality(conv_graph, images)
+
+
+def test_an_interrupted_measurement_goes_on(
+    calibrated: Planned, conv_graph: fx.GraphModule, images: list[Tensor], tmp_path: Path
+) -> None:
+    """To the last bit; a batch that is recorded is not run again."""
+    graph = calibrated(conv_graph, images)
+    journal = tmp_path / "journal"
+    expected = orthogonality(graph, images)
+    orthogonality(graph, images[:1], work=Work(journal=Journal(journal, {})))
+    wrong = [torch.full_like(images[0], torch.nan), *images[1:]]
+    found = orthogonality(graph, wrong, work=Work(journal=Journal(journal, {})))
+    assert found.values == expected.values
+
+
+def test_mappings_that_torch_does_not_know_have_samples(
+    calibrated: Planned, bert_graph: fx.GraphModule, token_batches: list[dict[str, Tensor]]
+) -> None:
+    """As tokenizers return."""
+    graph = calibrated(bert_graph, token_batches)
+    long = [{name: x.repeat(3, 1) for name, x in batch.items()} for batch in token_batches]
+    found = orthogonality(graph, [UserDict(batch) for batch in long])
+    assert found.values == orthogonality(graph, long).values

@@ -282,3 +282,20 @@ def test_bad_requests_are_errors(
         pairwise(deep, [])
     with pytest.raises(CalibrationError, match="unchanged model is nan"):
         pairwise(deep, [x * torch.nan for x in inputs], score="kl")
+
+
+@pytest.mark.parametrize(("at", "names"), [(2, "'a' at w2a8 is nan"), (3, "'a' at w2a8 with 'b'")])
+def test_an_increase_that_is_no_number_is_named(
+    calibrated: Calibrated, inputs: list[tuple[Tensor, ...]], at: int, names: str
+) -> None:
+    """Rather than left to an eigenvalue solver."""
+    calls = 0
+
+    def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return model(*batch).square().mean() * (torch.nan if calls == at else 1)
+
+    graph = calibrated(trace(Parallel(), inputs[0]), inputs, candidates=LOW)
+    with pytest.raises(FxmpqError, match=names):
+        pairwise(graph, inputs[:1], score=loss)

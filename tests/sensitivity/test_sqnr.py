@@ -201,7 +201,7 @@ def test_noise_averaged_over_samples(
         return 1 / float((1 / ratios.clamp(min=1e-12)).mean())
 
     found = sqnr(classifier, [x for x, _ in labelled], average=average)
-    assert found.unit == "noise"
+    assert found.unit == ("score" if average == "sqnr" else "noise")
     assert_rows(found.values, measured(classifier, score))
 
 
@@ -297,3 +297,45 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     resumed = sqnr(classifier, batches, score=score, work=Work(journal=Journal(path, {})))
     assert resumed.values == sqnr(classifier, batches, score=score).values
     assert path.read_text().splitlines(keepends=True) == lines
+
+
+class Base(nn.Module):
+    """A group whose name is that of a unit of work might be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.base(x).relu())
+
+
+class Weighted(Metric):
+    """Takes a mapping as its target."""
+
+    higher_is_better = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, outputs: Tensor, target: dict[str, Tensor]) -> None:
+        self.total += (outputs * target["weights"]).sum()
+
+    def compute(self) -> Tensor:
+        return self.total
+
+
+def test_a_metric_is_recorded_for_groups_of_any_name(
+    calibrated: Calibrated, tmp_path: Path
+) -> None:
+    """The unchanged model's value is no group's, and nested targets reach the metric."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 4)
+    graph = calibrated(trace(Base(), x), [x], candidates=[Precision(2, 8), Precision(8, 8)])
+    batches = [(x, {"weights": torch.randn(6, 3)})]
+    expected = sqnr(graph, batches, score=Weighted())
+    for _ in range(2):
+        work = Work(journal=Journal(tmp_path / "journal", {}))
+        assert sqnr(graph, batches, score=Weighted(), work=work).values == expected.values
+    assert len(Journal(tmp_path / "journal", {}).done) == 3

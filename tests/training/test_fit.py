@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import signal
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -250,7 +251,8 @@ def never(model: nn.Module, batch: object) -> Tensor:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": None}, "training needs loss.model, batch.*NoneType"),
+        ({"loss": None}, r"a loss is a callable loss\(model, batch\).*found NoneType"),
+        ({"learning_rate": "1e-3"}, "learning_rate is '1e-3'; .* and a number"),
         ({"epochs": 0}, "epochs is 0; it must be a whole number, at least 1"),
         ({"epochs": 1.5}, "epochs is 1.5"),
         ({"epochs": True}, "epochs is True"),
@@ -282,3 +284,41 @@ def test_a_loss_that_is_no_finite_scalar_is_an_error(
         trained(graph, batches, loss=lambda model, batch: model(batch[0]).mean() * math.nan)
     copied = lowered(graph)
     assert finite_loss(lambda *_: torch.ones(1, 1), copied, batches[0]).shape == ()
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, FxmpqError])
+def test_random_numbers_are_put_back_when_a_training_fails(
+    graph: fx.GraphModule, batches: list[Pair], failure: type[BaseException]
+) -> None:
+    def failing(model: nn.Module, batch: Pair) -> Tensor:
+        torch.rand(3)
+        raise failure("stop")
+
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    with pytest.raises(failure):
+        trained(graph, batches, loss=failing)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_loss_without_a_gradient_is_an_error(graph: fx.GraphModule, batches: list[Pair]) -> None:
+    def detached(model: nn.Module, batch: Pair) -> Tensor:
+        return classification_loss(model, batch).detach()
+
+    with pytest.raises(FxmpqError, match="no gradient .* neither .item"):
+        trained(graph, batches, loss=detached)
+
+
+class Movable(UserDict[str, Tensor]):
+    """As tokenizers return: moves itself in place."""
+
+    def to(self, _device: object) -> Movable:
+        pytest.fail("the user's batch was moved")
+
+
+def test_a_users_batch_is_not_moved(graph: fx.GraphModule, batches: list[Pair]) -> None:
+    def loss(model: nn.Module, batch: Movable) -> Tensor:
+        return classification_loss(model, (batch["x"], batch["y"]))
+
+    mappings = [Movable(x=x, y=y) for x, y in batches]
+    assert equal(trained(graph, mappings, loss=loss), trained(graph, batches))

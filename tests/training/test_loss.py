@@ -11,12 +11,15 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics.classification import MulticlassAccuracy
+from transformers import BatchEncoding
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fxmpq.errors import FxmpqError
+from fxmpq.identity import identity
 from fxmpq.training.loss import (
     StepLoss,
     batch_samples,
+    check_loss,
     check_was_run,
     classification_loss,
     loss_value,
@@ -168,3 +171,62 @@ def test_batches_move_as_they_are_nested() -> None:
     own = on_device([poisoned, BATCH[0]], torch.device("cpu"))
     assert not own[0].is_inference()
     assert own[1] is BATCH[0]
+
+
+def test_mappings_that_torch_does_not_know() -> None:
+    """As tokenizers return: their tensors are found, and moved in a copy."""
+    encoding = BatchEncoding({"ids": torch.ones(4, 2), "extra": [torch.zeros(3)]})
+    with torch.inference_mode():
+        inner = torch.ones(2)
+    encoding["inner"] = inner
+    assert batch_samples(encoding) == 4
+    assert batch_samples([BatchEncoding({}), encoding]) == 4
+    moved = on_device((encoding, 1), torch.device("meta"))
+    assert isinstance(moved[0], BatchEncoding)
+    assert moved[0]["ids"].device.type == moved[0]["extra"][0].device.type == "meta"
+    assert encoding["ids"].device.type == "cpu"
+    assert not on_device(encoding, torch.device("cpu"))["inner"].is_inference()
+    assert encoding["inner"] is inner
+
+
+class Open(nn.Module):
+    """Its step takes anything besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Linear(3, 2)
+
+    def training_step(
+        self, batch: object, batch_idx: int, *more: object, **named: object
+    ) -> Tensor:
+        assert (batch_idx, more, named) == (0, (), {})
+        return functional.cross_entropy(self.model(batch[0]), batch[1])
+
+
+def test_a_step_is_given_no_more_than_it_insists_on() -> None:
+    loss, other = StepLoss(Open()), nn.Linear(3, 2)
+    expected = functional.cross_entropy(other(BATCH[0]), BATCH[1])
+    assert torch.equal(loss(other, BATCH), expected)
+
+
+def test_a_step_loss_is_told_by_its_module_and_step_alone() -> None:
+    """Not by the network it was last called with, nor by what its metrics gathered."""
+    loss, same = StepLoss(Classifier()), StepLoss(Classifier())
+    loss(nn.Linear(3, 5), BATCH)
+    assert identity(loss) == identity(same)
+    assert identity(StepLoss(Classifier(), step="validation_step")) != identity(same)
+    changed = Classifier()
+    with torch.no_grad():
+        changed.head[1].bias += 1
+    assert identity(StepLoss(changed)) != identity(same)
+    with torch.no_grad():
+        changed.head[1].bias.copy_(Classifier().head[1].bias)
+        changed.model[0].bias += 1
+    assert identity(StepLoss(changed)) == identity(same)
+
+
+@pytest.mark.parametrize("loss", [None, "cross_entropy", 3])
+def test_what_is_no_loss_is_refused(loss: object) -> None:
+    with pytest.raises(FxmpqError, match=r"a loss is a callable .*fxmpq.StepLoss"):
+        check_loss(loss)
+    check_loss(functional.cross_entropy)

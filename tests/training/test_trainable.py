@@ -266,3 +266,13 @@ def test_it_can_be_made_inside_inference_mode(
 def test_a_graph_that_is_not_calibrated_is_an_error(conv_graph: fx.GraphModule) -> None:
     with pytest.raises(FxmpqError, match="fxmpq.prepare"):
         trainable(conv_graph)
+
+
+def test_steps_cannot_begin_without_a_run(tied: fx.GraphModule) -> None:
+    """As with a loss that never calls the model."""
+    copied = trainable(tied)
+    groups = require(copied, stage="calibrated").groups
+    with pytest.raises(FxmpqError, match="without running the model"):
+        begin_steps(copied, groups, lambda: None)
+    with pytest.raises(FxmpqError, match="without running the model"):
+        tensor_powers(copied, lambda: None)
