@@ -90,9 +90,7 @@ def materialize(batches: Iterable[Item], what: str = "calibration") -> list[Item
         )
     found = list(batches)
     if not found:
-        raise CalibrationError(
-            f"the {what} data is empty; pass at least one batch"
-        )
+        raise CalibrationError(f"the {what} data is empty; pass at least one batch")
     return found
 
 
