@@ -108,7 +108,7 @@ class MixedPrecisionCallback(Callback):
         self._target = get_target(target)
         self._budget = Budget.parse(budget)
         check_options(method, options)
-        check_program(program or program_of(method))
+        check_program(program or program_of(method), method=method)
         self._source = CalibrationSource(calibration, calibration_batches)
         self._candidates = None if candidates is None else [Precision.parse(c) for c in candidates]
         self._keep = {pattern: Precision.parse(entry) for pattern, entry in (keep or {}).items()}

@@ -126,7 +126,7 @@ def quantize(
     found_target = get_target(target)
     wanted_budget = Budget.parse(budget)
     check_method(method, options)
-    check_program(program or program_of(method))
+    check_program(program or program_of(method), method=method)
     batches = materialize(calibration)
     measured = _measured(batches, labelled, method, options)
     seconds: dict[str, float] = {}

@@ -48,7 +48,7 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> Report:
     console = console or Console()
     get_target(recipe.target)
     options = method_options(recipe)
-    check_program(recipe.program or program_of(recipe.method))
+    check_program(recipe.program or program_of(recipe.method), method=recipe.method)
     with use_threads(recipe.threads):
         return _run(recipe, options, _writable(recipe.output), console)
 

@@ -37,16 +37,18 @@ class Method:
     Args:
         estimate: `estimate(graph, batches, *, work, ...)`.
         labels: Whether it needs a `loss`, and so labels.
+        interactions: Whether it measures those between groups.
     """
 
     estimate: Callable[..., Sensitivity]
     labels: bool = False
+    interactions: bool = False
 
 
 METHODS: Mapping[str, Method] = {
-    "projected": Method(projected),
+    "projected": Method(projected, interactions=True),
     "sqnr": Method(sqnr),
-    "pairwise": Method(pairwise),
+    "pairwise": Method(pairwise, interactions=True),
     "layer_loss": Method(layer_loss),
     "hessian": Method(hessian, labels=True),
     "orthogonality": Method(orthogonality),

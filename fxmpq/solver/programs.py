@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from fxmpq.costs.table import CostTable
 from fxmpq.errors import FxmpqError, closest
+from fxmpq.sensitivity.measure import METHODS
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.solver.greedy import greedy
 from fxmpq.solver.knapsack import knapsack
@@ -68,6 +69,8 @@ PROGRAMS: Mapping[str, Program] = {
     "lp": lp,
 }
 
+NEED_INTERACTIONS = frozenset({"quadratic"})
+
 # Methods whose point is another form than the integer program.
 OF_METHOD: Mapping[str, str] = {"pairwise": "quadratic"}
 
@@ -82,18 +85,28 @@ def program_of(method: str) -> str:
     return OF_METHOD.get(method, "ilp")
 
 
-def check_program(program: str, options: Collection[str] = ()) -> None:
-    """Refuse an unknown form, and options that it does not take.
+def check_program(
+    program: str, options: Collection[str] = (), *, method: str | None = None
+) -> None:
+    """Refuse an unknown form, options that it does not take, and a method that it cannot use.
 
     Args:
         program: As asked.
         options: Names of the options as asked.
+        method: The sensitivity method that it is to be used with, where that is known.
 
     Raises:
-        FxmpqError: With the forms or options there are.
+        FxmpqError: With the forms, options or methods there are.
     """
     if program not in PROGRAMS:
         raise FxmpqError(f"no program {program!r}; there are {closest(program, PROGRAMS)}")
+    known = METHODS.get(method) if method is not None else None
+    if program in NEED_INTERACTIONS and known is not None and not known.interactions:
+        able = " or ".join(repr(name) for name, entry in METHODS.items() if entry.interactions)
+        raise FxmpqError(
+            f"the program {program!r} counts interactions between groups, which the method "
+            f"{method!r} does not measure; measure with {able}, or take another program"
+        )
     legal = tuple(inspect.signature(PROGRAMS[program]).parameters)[_SHARED:]
     for name in options:
         if name not in legal:

@@ -75,3 +75,14 @@ def test_methods_programs_are_there() -> None:
     """Each method's own form is in the table."""
     assert {program_of(method) for method in METHODS} <= set(PROGRAMS)
     assert program_of("pairwise") == "quadratic"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_interactions_must_be_measured_to_be_counted(method: str) -> None:
+    """Said before the measurement, for methods that measure none."""
+    check_program("ilp", method=method)
+    if METHODS[method].interactions:
+        return check_program("quadratic", method=method)
+    with pytest.raises(FxmpqError, match=f"{method!r} does not measure; measure with 'projected'"):
+        check_program("quadratic", method=method)
+    return None
