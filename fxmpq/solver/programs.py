@@ -72,15 +72,15 @@ PROGRAMS: Mapping[str, Program] = {
 NEED_INTERACTIONS = frozenset({"quadratic"})
 
 # Methods whose point is another form than the integer program.
-OF_METHOD: Mapping[str, str] = {"pairwise": "quadratic"}
+OF_METHOD: Mapping[str, str] = {"projected": "quadratic", "pairwise": "quadratic"}
 
 
 def program_of(method: str) -> str:
     """The form that a sensitivity method's plans are solved with unless one is asked for.
 
     Examples:
-        >>> program_of("projected")
-        'ilp'
+        >>> program_of("projected"), program_of("sqnr")
+        ('quadratic', 'ilp')
     """
     return OF_METHOD.get(method, "ilp")
 

@@ -39,8 +39,9 @@ def solve(
         sensitivity: Of every group and precision.
         costs: Of the same groups and precisions.
         budget: As `Budget.parse` reads it.
-        program: A key of `PROGRAMS`; the sensitivity method's own if `None`, which is `ilp` but
-            for `pairwise`.
+        program: A key of `PROGRAMS`; the sensitivity method's own if `None`, which is
+            `quadratic` for `projected` and `pairwise`, and `ilp` for all others and for budgets
+            with `minimize=`.
         ties: Groups that must take the same precision.
         solver: `cbc` or `highs`.
         time_limit: Seconds, after which the best plan found is returned as `feasible`.
@@ -66,7 +67,8 @@ def solve(
     """
     check_tables(sensitivity, costs)
     wanted = Budget.parse(budget)
-    form = program or (program_of(sensitivity.method) if wanted.minimize is None else "ilp")
+    interacts = wanted.minimize is None and sensitivity.projections is not None
+    form = program or (program_of(sensitivity.method) if interacts else "ilp")
     check_program(form, options)
     _check_budget(wanted, sensitivity, form)
     limits = wanted.resolve(costs)

@@ -86,3 +86,13 @@ def test_interactions_must_be_measured_to_be_counted(method: str) -> None:
     with pytest.raises(FxmpqError, match=f"{method!r} does not measure; measure with 'projected'"):
         check_program("quadratic", method=method)
     return None
+
+
+def test_interactions_count_by_default_where_they_are_known() -> None:
+    """Of a method that measures them, unless they are not kept or a cost is minimised."""
+    projected = Sensitivity(SENSITIVITY.values, "projected", None, SENSITIVITY.projections)
+    bare = Sensitivity(SENSITIVITY.values, "projected")
+    assert solve(projected, COSTS, {"weights": 100}).program == "quadratic"
+    assert solve(bare, COSTS, {"weights": 100}).program == "ilp"
+    assert solve(projected, COSTS, "minimize=weights,loss=1").program == "ilp"
+    assert program_of("projected") == "quadratic"
