@@ -76,7 +76,8 @@ ENTRIES: Mapping[str, Entry] = {
         "entropy", {"gain": "entropy"}, programs=("knapsack",), cases=("two widths",)
     ),
     "learned_scales": Entry("learned_scales", {"loss": classification_loss}),
-    "finetune": Entry(
+    "finetune": Entry("finetune", {"loss": classification_loss}, cases=("weights",)),
+    "finetune, two widths": Entry(
         "finetune", {"loss": classification_loss}, programs=("knapsack",), cases=("two widths",)
     ),
     "pairwise": Entry("pairwise", programs=("ilp", "quadratic"), share=0.125, cases=("weights",)),
