@@ -10,7 +10,7 @@ import mip
 import numpy as np
 from mip import cbc
 
-from fxmpq.errors import FxmpqError
+from fxmpq.errors import FxmpqError, closest
 from fxmpq.solver.instance import Instance, Option
 from fxmpq.solver.relaxation import Floats, Relaxation
 
@@ -189,6 +189,16 @@ def sharp_prices(relaxation: Relaxation, *, solver: str, seconds: float) -> Floa
         if bound > reached:
             reached, best = bound, prices
     return best
+
+
+def check_solver(solver: str) -> None:
+    """Refuse a solver that there is none of.
+
+    Raises:
+        FxmpqError: With those there are.
+    """
+    if solver not in SOLVERS:
+        raise FxmpqError(f"no solver {solver!r}; there are {closest(solver, SOLVERS)}")
 
 
 def new_model(solver: str) -> mip.Model:

@@ -7,9 +7,9 @@ import time
 from collections.abc import Collection, Sequence
 from fractions import Fraction
 
-from fxmpq.errors import FxmpqError, InfeasibleBudgetError, closest
+from fxmpq.errors import InfeasibleBudgetError
 from fxmpq.sensitivity.sensitivity import Sensitivity
-from fxmpq.solver.branch import SOLVERS, sharp_prices
+from fxmpq.solver.branch import check_solver, sharp_prices
 from fxmpq.solver.instance import Instance, reduce_instance
 from fxmpq.solver.program import IntegerProgram, Row, Solution
 from fxmpq.solver.relaxation import Relaxation
@@ -28,8 +28,7 @@ def integer_program(
         FxmpqError: If a limit lacks entries, the solver or a tie is unknown, or tied groups share
             no precision.
     """
-    if solver not in SOLVERS:
-        raise FxmpqError(f"no solver {solver!r}; there are {closest(solver, SOLVERS)}")
+    check_solver(solver)
     return IntegerProgram.of(sensitivity.values, limits, ties)
 
 

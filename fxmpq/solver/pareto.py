@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from fxmpq.costs.table import CostTable
-from fxmpq.errors import BudgetError, FxmpqError, InfeasibleBudgetError, closest
+from fxmpq.errors import BudgetError, InfeasibleBudgetError
 from fxmpq.sensitivity.sensitivity import Sensitivity
-from fxmpq.solver.branch import SOLVERS
+from fxmpq.solver.branch import check_solver
 from fxmpq.solver.budget import Budget, infeasible_message
 from fxmpq.solver.front import ParetoFront
 from fxmpq.solver.instance import Instance
@@ -78,8 +78,7 @@ def pareto(
         [(8, 0.4), (12, 0.1), (16, 0.0)]
     """
     check_tables(sensitivity, costs)
-    if solver not in SOLVERS:
-        raise FxmpqError(f"no solver {solver!r}; there are {closest(solver, SOLVERS)}")
+    check_solver(solver)
     if points is not None and points < 2:
         raise BudgetError(f"points={points} is no front; ask for 2 or more, or None for all")
     costs.smallest(metric)

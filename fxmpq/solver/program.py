@@ -12,8 +12,8 @@ from fractions import Fraction
 
 import torch
 
-from fxmpq.errors import FxmpqError, InfeasibleBudgetError, closest
-from fxmpq.solver.branch import SOLVERS
+from fxmpq.errors import FxmpqError, InfeasibleBudgetError
+from fxmpq.solver.branch import check_solver
 from fxmpq.solver.exact import Number, allowance, common_denominator, exact
 from fxmpq.solver.instance import Instance, Option
 from fxmpq.solver.search import Start, find_optimum
@@ -181,8 +181,7 @@ def solve_program(
         >>> solve_program(objective, [Row(size, 12)]).choices
         {'a': 'w4a8', 'b': 'w8a8'}
     """
-    if solver not in SOLVERS:
-        raise FxmpqError(f"no solver {solver!r}; there are {closest(solver, SOLVERS)}")
+    check_solver(solver)
     began = time.perf_counter()
     program = IntegerProgram.of(objective, rows, ties)
     known = None if start is None else Start(program.keys(start))

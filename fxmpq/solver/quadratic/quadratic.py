@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from fxmpq.costs.table import CostTable
-from fxmpq.errors import FxmpqError, closest
 from fxmpq.sensitivity.interactions import shrunk_pairs
 from fxmpq.sensitivity.sensitivity import Sensitivity
-from fxmpq.solver.branch import SOLVERS
+from fxmpq.solver.branch import check_solver
 from fxmpq.solver.instance import Instance, Option, reduce_instance
 from fxmpq.solver.program import IntegerProgram, Row, Solution, solve_program
 from fxmpq.solver.quadratic.outer_approximation import Optimum, minimise
@@ -81,8 +80,7 @@ def quadratic(
         ({'a': 'w4a8', 'b': 'w4a8', 'c': 'w8a8'}, 0.01)
     """
     began, deadline = time.perf_counter(), time.monotonic() + time_limit
-    if solver not in SOLVERS:
-        raise FxmpqError(f"no solver {solver!r}; there are {closest(solver, SOLVERS)}")
+    check_solver(solver)
     matrix = shrunk_pairs(sensitivity, shrinkage)
     program = IntegerProgram.of(sensitivity.values, limits, ties)
     merged = _merged(matrix, sensitivity, program)
