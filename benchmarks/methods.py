@@ -7,8 +7,9 @@ the calibration data, Kendall's tau to the exact sweep over all (group, precisio
 and accuracy of every plan on test data.
 
 Measurements are kept in the cache folder, so that methods can be run one at a time
-(`methods.py measure resnet20 hessian`) and the table printed from what is there
-(`methods.py table`, `methods.py table resnet20 bops`). `methods.py` alone does everything.
+(`methods.py measure resnet20 hessian`, with a case behind it for that one alone) and the table
+printed from what is there (`methods.py table`, `methods.py table resnet20 bops`). `methods.py`
+alone does everything.
 """
 
 from __future__ import annotations
@@ -76,11 +77,11 @@ ENTRIES: Mapping[str, Entry] = {
         "entropy", {"gain": "entropy"}, programs=("knapsack",), cases=("two widths",)
     ),
     "learned_scales": Entry("learned_scales", {"loss": classification_loss}),
-    "finetune": Entry("finetune", {"loss": classification_loss}, cases=("weights",)),
+    "finetune": Entry("finetune", {"loss": classification_loss}),
     "finetune, two widths": Entry(
         "finetune", {"loss": classification_loss}, programs=("knapsack",), cases=("two widths",)
     ),
-    "pairwise": Entry("pairwise", programs=("ilp", "quadratic"), share=0.125, cases=("weights",)),
+    "pairwise": Entry("pairwise", programs=("ilp", "quadratic"), share=0.125),
 }
 
 
@@ -149,13 +150,13 @@ def float_pass(subject: str) -> float:
     return sorted(run() for _ in range(3))[1]
 
 
-def measure(subject: str, name: str) -> None:
+def measure(subject: str, name: str, cases: Sequence[str] = ()) -> None:
     """Measure one row in all its cases, and keep the results with their cost in float passes."""
     entry, found = ENTRIES[name], SUBJECTS[subject]()
     labels = {"loss", "score"} & {k for k, v in entry.options.items() if callable(v)}
     data = found.labelled if labels else found.inputs
     part = data[: max(1, round(entry.share * len(data)))]
-    for case in entry.cases:
+    for case in cases or entry.cases:
         graph = calibrated(subject, case)
         unit = float_pass(subject)
         start = time.process_time()
@@ -242,7 +243,7 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)
     console = Console(width=160)
     if arguments[:1] == ["measure"]:
-        measure(arguments[1], arguments[2])
+        measure(arguments[1], arguments[2], arguments[3:])
         return
     for subject in arguments[1:2] or SUBJECTS:
         if not arguments:
