@@ -11,7 +11,9 @@ from torch import fx
 
 from fxmpq.graph.passes.drop_identities import drop_identities
 from fxmpq.graph.passes.fold_batch_norm import fold_batch_norm
+from fxmpq.graph.passes.fold_constants import fold_constants
 from fxmpq.graph.passes.make_functional import make_functional
+from fxmpq.graph.passes.make_linear import make_linear
 from fxmpq.graph.passes.merge_weights import merge_weights
 from fxmpq.graph.passes.restore_batch_norm import restore_batch_norm
 
@@ -22,5 +24,7 @@ CANONICAL_PASSES: tuple[Pass, ...] = (
     drop_identities,
     merge_weights,
     restore_batch_norm,
+    make_linear,
+    fold_constants,
     fold_batch_norm,
 )

@@ -1,0 +1,115 @@
+"""Write matrix products with a stored weight as linear layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxmpq.graph.attributes import get_tensor, set_tensor
+
+aten = torch.ops.aten
+
+_PRODUCTS = frozenset({aten.mm.default, aten.matmul.default})
+_TRANSPOSES = frozenset({aten.t.default, aten.numpy_T.default})
+
+
+def make_linear(graph: fx.GraphModule) -> int:
+    """Replace products of an activation and a stored matrix by `linear`, in place on the graph.
+
+    `x @ W.T` becomes `linear(x, W)`; `x @ W` and `addmm(b, x, W)` (GPT-2's Conv1D) become
+    `linear(x, W.T, b)` with the stored matrix turned round, if nothing else reads it. The
+    stored tensor stays a view of the old layout, so the same kernel runs on the same memory and
+    gives the same bits.
+
+    Args:
+        graph: A graph of ATen operators; changed in place.
+
+    Returns:
+        How many products were replaced.
+    """
+    replaced = 0
+    for node in list(graph.graph.nodes):
+        operands = _operands(node)
+        if operands is None:
+            continue
+        source, factor, bias = operands
+        if not _is_bias(graph, bias, factor):
+            continue
+        weight = _as_linear_weight(graph, factor)
+        if weight is None:
+            continue
+        with graph.graph.inserting_before(node):
+            arguments = (source, weight) if bias is None else (source, weight, bias)
+            linear = graph.graph.call_function(aten.linear.default, arguments)
+        linear.meta = dict(node.meta)
+        node.replace_all_uses_with(linear)
+        graph.graph.erase_node(node)
+        if factor is not weight and not factor.users:
+            graph.graph.erase_node(factor)
+        replaced += 1
+    graph.recompile()
+    return replaced
+
+
+def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
+    """Activation, matrix and bias of a product; `None` if the node is none."""
+    if node.op != "call_function" or node.kwargs:
+        return None
+    if node.target in _PRODUCTS:
+        found, bias = node.args, None
+    elif node.target is aten.addmm.default and isinstance(node.args[0], fx.Node):
+        bias, found = node.args[0], node.args[1:]
+    else:
+        return None
+    if len(found) != 2 or not all(isinstance(entry, fx.Node) for entry in found):
+        return None
+    source, factor = found
+    assert isinstance(source, fx.Node) and isinstance(factor, fx.Node)
+    return None if source.op == "get_attr" else (source, factor, bias)
+
+
+def _as_linear_weight(graph: fx.GraphModule, factor: fx.Node) -> fx.Node | None:
+    """The node that reads `[out, in]` where `factor` is `[in, out]`; `None` if it is not stored."""
+    stored = _transposed(graph, factor)
+    if stored is not None:
+        return stored
+    if not _is_matrix(graph, factor) or len(factor.users) != 1:
+        return None
+    matrix = get_tensor(graph, str(factor.target))
+    turned = matrix.detach().t()
+    if isinstance(matrix, nn.Parameter):
+        turned = nn.Parameter(turned, matrix.requires_grad)
+    set_tensor(graph, str(factor.target), turned)
+    if isinstance(factor.meta.get("val"), Tensor):
+        factor.meta["val"] = factor.meta["val"].t()
+    return factor
+
+
+def _transposed(graph: fx.GraphModule, factor: fx.Node) -> fx.Node | None:
+    """The stored matrix that a node transposes."""
+    source = factor.args[0] if factor.op == "call_function" and factor.args else None
+    if not isinstance(source, fx.Node) or not _is_matrix(graph, source):
+        return None
+    is_transpose = factor.target in _TRANSPOSES
+    if factor.target is aten.permute.default:
+        is_transpose = list(factor.args[1]) in ([1, 0], [-1, -2])  # type: ignore[arg-type]
+    elif factor.target is aten.transpose.int:
+        is_transpose = {axis % 2 for axis in factor.args[1:3]} == {0, 1}  # type: ignore[operator]
+    return source if is_transpose else None
+
+
+def _is_matrix(graph: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op != "get_attr":
+        return False
+    found = get_tensor(graph, str(node.target))
+    return found.dim() == 2 and found.is_floating_point()
+
+
+def _is_bias(graph: fx.GraphModule, bias: fx.Node | None, factor: fx.Node) -> bool:
+    """Whether a summand is a stored vector with one value per column of the matrix."""
+    if bias is None:
+        return True
+    value = factor.meta.get("val")
+    if bias.op != "get_attr" or not isinstance(value, Tensor):
+        return False
+    return tuple(get_tensor(graph, str(bias.target)).shape) == (value.shape[-1],)
