@@ -7,50 +7,109 @@ from dataclasses import dataclass
 from enum import Enum
 
 from fxmpq.errors import PrecisionError
+from fxmpq.granularity import (
+    Granularity,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    granularity_suffix,
+)
 
 _INTEGER_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
-_PRECISION = re.compile(r"w(?P<weight>\d+)(?:a(?P<activation>\d+))?")
+_FORMAT = r"\d+|e4m3|e5m2|e2m1"
+_PRECISION = re.compile(
+    rf"w(?P<weight>{_FORMAT})(?:(?P<tensor>t)|b(?P<block>\d+))?(?:a(?P<activation>{_FORMAT}))?"
+)
 
 
 class Scheme(Enum):
-    """How integer codes map to real numbers.
+    """How codes map to real numbers.
 
-    `SYMMETRIC` codes are signed and the zero point is 0: `x = scale * code`.
+    `SYMMETRIC` codes are signed integers and the zero point is 0: `x = scale * code`.
     `AFFINE` codes are unsigned: `x = scale * (code - zero_point)`.
+    `E4M3`, `E5M2` and `E2M1` codes are bit patterns of small floating-point numbers, named after
+    their exponent and mantissa bits: `x = scale * value(code)`. They are those of the Open
+    Compute Project: `E4M3` has no infinity (torch's `float8_e4m3fn`), `E2M1` neither infinity
+    nor NaN.
     """
 
     SYMMETRIC = "symmetric"
     AFFINE = "affine"
+    E4M3 = "e4m3"
+    E5M2 = "e5m2"
+    E2M1 = "e2m1"
+
+
+_FLOAT_BITS = {Scheme.E4M3: 8, Scheme.E5M2: 8, Scheme.E2M1: 4}
+
+
+class ScaleKind(Enum):
+    """How a tensor's scales are stored.
+
+    `FLOAT32` takes 4 bytes a scale. `E8M0` is a power of two in one byte, that of the MX formats
+    of the Open Compute Project. `E4M3` is a byte too, times one power of two for the whole
+    tensor, held in `float32`: that of NVFP4.
+    """
+
+    FLOAT32 = "float32"
+    E8M0 = "e8m0"
+    E4M3 = "e4m3"
 
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """The integer format in which one tensor's codes are stored.
+    """The format in which one tensor's codes and scales are stored.
 
-    A code `q` of a `bits`-wide format lies in `[qmin, qmax]`, which is
-    `[-2^(bits-1), 2^(bits-1) - 1]` when symmetric and `[0, 2^bits - 1]` when affine.
+    A code of a `bits`-wide format lies in `[qmin, qmax]`, which is
+    `[-2^(bits-1), 2^(bits-1) - 1]` when symmetric and `[0, 2^bits - 1]` when affine, or for the
+    bit patterns of a float.
 
     Args:
-        bits: Width of one code, one of 2, 3, 4, 5, 6, 7, 8, 16.
-        scheme: Whether the codes are symmetric or affine.
+        bits: Width of one code, one of 2, 3, 4, 5, 6, 7, 8, 16; a float's is its own.
+        scheme: What the codes mean.
+        granularity: How many values share a scale. Affine formats are of activations and have
+            one per tensor; their default stands for that.
 
     Raises:
-        PrecisionError: If there is no such width.
+        PrecisionError: If there is no such width, or affine codes are to be in blocks.
 
     Examples:
         >>> NumberFormat(4).qmin, NumberFormat(4).qmax
         (-8, 7)
         >>> NumberFormat(8, Scheme.AFFINE).name
         'uint8'
+        >>> NumberFormat(4, Scheme.E2M1, PerBlock(32)).name
+        'fp4_e2m1b32'
     """
 
     bits: int
     scheme: Scheme = Scheme.SYMMETRIC
+    granularity: Granularity = PerChannel()
 
     def __post_init__(self) -> None:
+        width = _FLOAT_BITS.get(self.scheme)
+        if width not in (None, self.bits):
+            raise PrecisionError(
+                f"{self.scheme.value} codes are {width} bits wide, not {self.bits}"
+            )
         if self.bits not in _INTEGER_BITS:
             legal = ", ".join(str(bits) for bits in _INTEGER_BITS)
             raise PrecisionError(f"no {self.bits}-bit integer format; legal widths are {legal}")
+        if self.scheme is Scheme.AFFINE:
+            if isinstance(self.granularity, PerBlock):
+                raise PrecisionError(
+                    f"affine codes have one scale per tensor, not per block of "
+                    f"{self.granularity.size}; weights are symmetric"
+                )
+            object.__setattr__(self, "granularity", PerTensor())
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether codes are integers on an even grid, so that methods that round can choose them.
+
+        `False` for float formats, whose steps grow with the value.
+        """
+        return self.scheme not in _FLOAT_BITS
 
     @property
     def qmin(self) -> int:
@@ -65,49 +124,88 @@ class NumberFormat:
         return (1 << self.bits) - 1
 
     @property
+    def scale_kind(self) -> ScaleKind:
+        """How scales are stored: as hardware that computes in the format wants them.
+
+        Floats in blocks of 32 have power-of-two scales (MXFP8, MXFP4), `E2M1` in blocks of 16 has
+        E4M3 scales (NVFP4), everything else has `float32` scales.
+        """
+        if not self.is_integer and self.granularity == PerBlock(32):
+            return ScaleKind.E8M0
+        if self.scheme is Scheme.E2M1 and self.granularity == PerBlock(16):
+            return ScaleKind.E4M3
+        return ScaleKind.FLOAT32
+
+    @property
     def name(self) -> str:
-        """`int4`, `uint8` and the like."""
-        return f"{'int' if self.scheme is Scheme.SYMMETRIC else 'uint'}{self.bits}"
+        """`int4`, `uint8`, `int4b32`, `int4t`, `fp8_e4m3` and the like."""
+        kinds = {Scheme.SYMMETRIC: f"int{self.bits}", Scheme.AFFINE: f"uint{self.bits}"}
+        kind = kinds.get(self.scheme, f"fp{self.bits}_{self.scheme.value}")
+        return kind + ("" if self.scheme is Scheme.AFFINE else granularity_suffix(self.granularity))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False)
 class Precision:
-    """A weight width and an activation width, as in `w4a8`; `None` stands for float.
+    """A weight format and an activation format, as in `w4a8`; `None` stands for float.
 
-    `Precision.parse` reads the names people write: `w4a8` (4-bit weights, 8-bit
-    activations), `w4` (weight-only, activations stay float) and `fp32` (all float).
-    Weights are symmetric per output channel, activations affine per tensor.
+    `Precision.parse` reads the names people write, `w<format>[<granularity>][a<format>]` and
+    `fp32` (all float). A format is the width of an integer (`4`) or a small float (`e4m3`,
+    `e5m2`, `e2m1`). The granularity says how many weights share a scale: those of an output
+    channel if it is left out, `t` the whole tensor, `b32` blocks of 32. Activations have one
+    scale per tensor; without `a<format>` they stay float. So `w4a8` has 4-bit weights and 8-bit
+    activations, `w4b128` 4-bit weights in blocks of 128, `we4m3ae4m3` 8-bit floats.
 
     Args:
-        weight_bits: Width of the weight codes, or `None` for float.
-        activation_bits: Width of the activation codes, or `None` for float.
+        weight: Format of the weight codes, or the width of a symmetric integer one with a scale
+            per channel, or `None` for float.
+        activation: Format of the activation codes, or the width of an affine integer one, or
+            `None` for float.
 
     Raises:
-        PrecisionError: If a width does not exist, or only the activation has one.
+        PrecisionError: If a width does not exist, only the activation has one, or a format does
+            not suit its place.
 
     Examples:
-        >>> Precision.parse("w4a8")
-        Precision(weight_bits=4, activation_bits=8)
+        >>> Precision.parse("w4a8") == Precision(4, 8)
+        True
         >>> str(Precision.parse("w4")), str(Precision())
         ('w4', 'fp32')
+        >>> Precision.parse("we2m1b32a8").weight.name
+        'fp4_e2m1b32'
     """
 
-    weight_bits: int | None = None
-    activation_bits: int | None = None
+    weight: NumberFormat | None
+    activation: NumberFormat | None
 
-    def __post_init__(self) -> None:
-        if self.weight_bits is None and self.activation_bits is not None:
+    def __init__(
+        self,
+        weight: int | NumberFormat | None = None,
+        activation: int | NumberFormat | None = None,
+    ) -> None:
+        if isinstance(activation, int):
+            activation = NumberFormat(activation, Scheme.AFFINE)
+        if isinstance(weight, int):
+            weight = NumberFormat(weight)
+        if weight is None and activation is not None:
             raise PrecisionError(
-                f"activations at {self.activation_bits} bits with float weights is not a "
+                f"activations at {activation.bits} bits with float weights is not a "
                 "precision; write for example 'w8a8', 'w4' or 'fp32'"
             )
-        for bits in (self.weight_bits, self.activation_bits):
-            if bits is not None:
-                NumberFormat(bits)
+        if weight is not None and weight.scheme is Scheme.AFFINE:
+            raise PrecisionError(f"weights are symmetric or floats, not {weight.name}")
+        if activation is not None and (
+            activation.scheme is Scheme.SYMMETRIC or activation.granularity != PerTensor()
+        ):
+            raise PrecisionError(
+                "activations are affine or floats with one scale per tensor, not "
+                f"{activation.name}; write for example 'w8a8' or 'we4m3ae4m3'"
+            )
+        object.__setattr__(self, "weight", weight)
+        object.__setattr__(self, "activation", activation)
 
     @classmethod
     def parse(cls, text: str | Precision) -> Precision:
-        """Read `w4a8`, `w4` or `fp32`; a `Precision` is returned as it is."""
+        """Read `w4a8`, `w4b32`, `we4m3ae4m3` or `fp32`; a `Precision` is returned as it is."""
         if isinstance(text, Precision):
             return text
         name = text.strip().lower()
@@ -116,41 +214,66 @@ class Precision:
         match = _PRECISION.fullmatch(name)
         if match is None:
             raise PrecisionError(
-                f"cannot read the precision {text!r}; write 'w<bits>a<bits>' as in 'w4a8', "
-                "'w<bits>' for weight-only as in 'w4', or 'fp32'"
+                f"cannot read the precision {text!r}; write 'w<format>a<format>' as in 'w4a8' or "
+                "'we4m3ae4m3', 'w<format>' for weight-only as in 'w4', with 't' (per tensor) or "
+                "'b<size>' (per block) behind the weight's format as in 'w4b32a8', or 'fp32'"
             )
-        activation = match["activation"]
-        return cls(int(match["weight"]), None if activation is None else int(activation))
+        granularity: Granularity = PerBlock(int(match["block"])) if match["block"] else PerChannel()
+        weight = _read(match["weight"], PerTensor() if match["tensor"] else granularity)
+        if match["activation"] is None:
+            return cls(weight)
+        read = _read(match["activation"], PerTensor())
+        return cls(weight, read if not read.is_integer else read.bits)
 
     def __str__(self) -> str:
-        if self.weight_bits is None:
+        if self.weight is None:
             return "fp32"
-        suffix = "" if self.activation_bits is None else f"a{self.activation_bits}"
-        return f"w{self.weight_bits}{suffix}"
+        text = f"w{_kind(self.weight)}{granularity_suffix(self.weight.granularity)}"
+        return text if self.activation is None else f"{text}a{_kind(self.activation)}"
+
+    def __repr__(self) -> str:
+        return f"Precision.parse({str(self)!r})"
 
     @property
-    def weight(self) -> NumberFormat | None:
-        """Format of the weight codes: symmetric, or `None` for float."""
-        return None if self.weight_bits is None else NumberFormat(self.weight_bits)
+    def weight_bits(self) -> int | None:
+        """Width of the weight codes, or `None` for float."""
+        return None if self.weight is None else self.weight.bits
 
     @property
-    def activation(self) -> NumberFormat | None:
-        """Format of the activation codes: affine, or `None` for float."""
-        if self.activation_bits is None:
-            return None
-        return NumberFormat(self.activation_bits, Scheme.AFFINE)
+    def activation_bits(self) -> int | None:
+        """Width of the activation codes, or `None` for float."""
+        return None if self.activation is None else self.activation.bits
 
     @property
     def weight_only(self) -> Precision:
         """The same weights with float activations."""
-        return Precision(self.weight_bits)
+        return Precision(self.weight)
 
     @property
     def is_float(self) -> bool:
         """Whether nothing is quantized."""
-        return self.weight_bits is None
+        return self.weight is None
 
     @property
-    def sort_key(self) -> tuple[int, int]:
-        """Orders precisions from few bits to many; float counts 32."""
-        return (self.weight_bits or 32, self.activation_bits or 32)
+    def sort_key(self) -> tuple[int, int, int, str]:
+        """Orders precisions from few bits to many, then from few scales to many.
+
+        The first two entries are the widths of weights and activations; float counts 32.
+        """
+        granularity = None if self.weight is None else self.weight.granularity
+        # Fewer than 2^32 values share a scale, whatever the block; a channel counts as more.
+        sharing = granularity.size if isinstance(granularity, PerBlock) else 1 << 32
+        sharing += isinstance(granularity, PerTensor)
+        return (self.weight_bits or 32, self.activation_bits or 32, -sharing, str(self))
+
+
+def _read(text: str, granularity: Granularity) -> NumberFormat:
+    """The weight format that a part of a precision's name stands for."""
+    if text.isdecimal():
+        return NumberFormat(int(text), Scheme.SYMMETRIC, granularity)
+    scheme = Scheme(text)
+    return NumberFormat(_FLOAT_BITS[scheme], scheme, granularity)
+
+
+def _kind(number_format: NumberFormat) -> str:
+    return str(number_format.bits) if number_format.is_integer else number_format.scheme.value

@@ -22,7 +22,9 @@ def macs(group: Group, precision: Precision) -> int:
 
 
 def bops(group: Group, precision: Precision) -> int:
-    """Bit operations of a group for one sample: `sum MAC * b_w * b_a`, float counting 32 bits.
+    """Bit operations of a group for one sample: `sum MAC * b_w * b_a`.
+
+    A small float counts all its bits, as an integer does; fp32 counts 32.
 
     Args:
         group: Its layers count.

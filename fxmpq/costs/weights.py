@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 
-from fxmpq.formats import Precision
+from fxmpq.formats import NumberFormat, Precision, ScaleKind
 from fxmpq.graph.state import Group
+from fxmpq.quantizers.scales import scale_shape
 
-SCALE_BYTES = 4
-"""One `float32` scale per output channel; symmetric codes need no zero points."""
+_SCALE_BYTES = {ScaleKind.FLOAT32: 4, ScaleKind.E8M0: 1, ScaleKind.E4M3: 1}
+_TENSOR_SCALE_BYTES = {ScaleKind.E4M3: 4}
 
 
 def weight_bytes(group: Group, precision: Precision) -> int:
-    """Bytes of a group's weights: `sum ceil(N b / 8) + 4 C` over its distinct weights.
+    """Bytes of a group's weights: `sum ceil(N b / 8) + S` over its distinct weights.
 
-    `N` is a weight's number of values and `C` its number of output channels; float weights
-    take `4 N`.
+    `N` is a weight's number of values and `S` what its scales take; symmetric codes and floats
+    need no zero points. With `C` output channels, `S` is 4 per tensor, `4 C` per channel, and
+    per block 4 (`float32`) or 1 (E8M0, E4M3) for each of the `C ceil(N / (C size))` blocks, plus
+    4 for the tensor's own scale beside those in E4M3. Weights in `fp32` take `4 N`.
 
     Args:
         group: Its layers' weight shapes count, tied weights once.
@@ -27,11 +30,18 @@ def weight_bytes(group: Group, precision: Precision) -> int:
     total = 0
     for shape, axis in _distinct_weights(group):
         values = math.prod(shape)
-        if precision.weight_bits is None:
+        if precision.weight is None:
             total += 4 * values
         else:
-            total += -(-values * precision.weight_bits // 8) + SCALE_BYTES * shape[axis]
+            total += -(-values * precision.weight.bits // 8)
+            total += _scale_bytes(shape, axis, precision.weight)
     return total
+
+
+def _scale_bytes(shape: tuple[int, ...], axis: int, number_format: NumberFormat) -> int:
+    kind = number_format.scale_kind
+    count = math.prod(scale_shape(shape, axis, number_format.granularity))
+    return _SCALE_BYTES[kind] * count + _TENSOR_SCALE_BYTES.get(kind, 0)
 
 
 def weight_bits(group: Group, precision: Precision) -> int:

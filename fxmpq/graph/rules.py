@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fxmpq.errors import PrecisionError
-from fxmpq.formats import Precision
+from fxmpq.formats import NumberFormat, Precision, Scheme
+from fxmpq.granularity import PerBlock, PerChannel, PerTensor
 
 
 @dataclass(frozen=True)
@@ -14,21 +15,55 @@ class OperatorRule:
     """The precisions a target can run for one kind of operator.
 
     Args:
-        weight_bits: Weight widths.
-        activation_bits: Activation widths; `None` among them allows weight-only.
+        weight_bits: Widths of integer weights.
+        activation_bits: Widths of integer activations; `None` among them allows weight-only, and
+            `None` alone is weight-only.
+        floats: Float schemes of weights, and of activations unless it is weight-only.
+        granularities: How many weights may share a scale.
     """
 
     weight_bits: frozenset[int]
     activation_bits: frozenset[int | None]
+    floats: frozenset[Scheme] = frozenset()
+    granularities: frozenset[type[PerTensor | PerChannel | PerBlock]] = frozenset({PerChannel})
+
+    @property
+    def is_weight_only(self) -> bool:
+        """Whether activations stay float whatever the weights."""
+        return self.activation_bits == frozenset({None})
 
     def runs(self, precision: Precision) -> bool:
         """Whether the target has this precision; float always runs."""
-        if precision.is_float:
+        weight, activation = precision.weight, precision.activation
+        if weight is None:
             return True
         return (
-            precision.weight_bits in self.weight_bits
-            and precision.activation_bits in self.activation_bits
+            type(weight.granularity) in self.granularities
+            and self._has(weight, self.weight_bits)
+            and self._runs_on(activation)
         )
+
+    def _runs_on(self, activation: NumberFormat | None) -> bool:
+        if activation is None or self.is_weight_only:
+            return (None if activation is None else activation.bits) in self.activation_bits
+        return self._has(activation, self.activation_bits)
+
+    def _has(
+        self, number_format: NumberFormat, widths: frozenset[int] | frozenset[int | None]
+    ) -> bool:
+        if number_format.is_integer:
+            return number_format.bits in widths
+        return number_format.scheme in self.floats
+
+    def describe(self) -> str:
+        """What it runs, for people."""
+        text = f"weights {sorted(self.weight_bits)}, activations "
+        text += f"{sorted(self.activation_bits, key=str)}"
+        if self.floats:
+            text += f", floats {sorted(scheme.value for scheme in self.floats)}"
+        named = ((PerTensor, "per tensor"), (PerChannel, "per channel"), (PerBlock, "per block"))
+        shared = ", ".join(name for kind, name in named if kind in self.granularities)
+        return f"{text}, scales {shared}"
 
 
 @dataclass(frozen=True)
@@ -71,14 +106,9 @@ class TargetRules:
         A kind that only stores weights in low bits (an embedding) takes the weight half.
         """
         rule = self.operators[kind]
-        weight_only_kind = rule.activation_bits == frozenset({None})
-        kept = [entry.weight_only if weight_only_kind else entry for entry in wanted]
+        kept = [entry.weight_only if rule.is_weight_only else entry for entry in wanted]
         return sorted({entry for entry in kept if rule.runs(entry)}, key=lambda p: p.sort_key)
 
     def describe(self) -> str:
         """What each kind runs, for people."""
-        return "; ".join(
-            f"{kind}: weights {sorted(rule.weight_bits)}, activations "
-            f"{sorted(rule.activation_bits, key=str)}"
-            for kind, rule in self.operators.items()
-        )
+        return "; ".join(f"{kind}: {rule.describe()}" for kind, rule in self.operators.items())

@@ -10,6 +10,7 @@ from torch import Tensor
 _BINS = 4096
 _FIRST_BATCH_BINS = 2048
 _SAMPLED = 1 << 18
+_SUMMED_AT_ONCE = 1 << 16  # stays in the cache, also in double precision
 _SMALLEST_WIDTH = float(torch.finfo(torch.float32).tiny)
 
 
@@ -18,8 +19,15 @@ class StreamingHistogram:
 
     The bins lie on a lattice: bin `i` covers `[(origin + i) * width, (origin + i + 1) * width)`.
     When a batch falls outside, the width doubles and neighbours merge, so memory stays at
-    4096 counts and 0 is always an edge. Minimum and maximum are exact; counts come from at
-    most 2^18 values a batch, spaced evenly over every dimension.
+    4096 counts and 0 is always an edge. Minimum, maximum, mean and variance are exact; counts
+    come from at most 2^18 values a batch, spaced evenly over every dimension.
+
+    Attributes:
+        minimum: The smallest value so far.
+        maximum: The largest.
+        counts: How many values each bin holds, `float64`, shape `[4096]`.
+        zeros: How many of the counted values are exactly 0.
+        mean: Of all values, in double precision.
 
     Examples:
         >>> histogram = StreamingHistogram()
@@ -27,6 +35,8 @@ class StreamingHistogram:
         >>> histogram.update(torch.tensor([-3.0, 8.0]))
         >>> histogram.minimum, histogram.maximum, float(histogram.counts.sum())
         (-3.0, 8.0, 4.0)
+        >>> histogram.mean, histogram.variance
+        (1.5, 16.25)
     """
 
     def __init__(self) -> None:
@@ -35,6 +45,20 @@ class StreamingHistogram:
         self._width = 0.0
         self._origin = 0
         self.counts = torch.zeros(_BINS, dtype=torch.float64)
+        self.zeros = 0.0
+        self.mean = 0.0
+        self._size = 0
+        self._squares = 0.0
+
+    @property
+    def width(self) -> float:
+        """Width of a bin; 0 while every value is 0."""
+        return self._width
+
+    @property
+    def variance(self) -> float:
+        """Mean squared distance from the mean, of all values, in double precision."""
+        return self._squares / self._size if self._size else 0.0
 
     @property
     def centres(self) -> Tensor:
@@ -56,16 +80,35 @@ class StreamingHistogram:
             raise FloatingPointError("NaN or infinite values")
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         self._grow(min(0.0, self.minimum), max(0.0, self.maximum))
+        for part in torch.split(flat, _SUMMED_AT_ONCE):
+            self._sum(part.double())
         stride = _sampling_stride(flat.numel())
+        sampled = flat[::stride]
+        self.zeros += (sampled.numel() - int(sampled.count_nonzero())) * stride
         if self._width == 0.0:
-            self.counts[0] += flat[::stride].numel() * stride
+            self.counts[0] += sampled.numel() * stride
             return
         # Counted in units of the width, so that edges are integers however large or small the
         # values; rounding may push a value on the outermost edges over them.
         first, last = self._origin, self._origin + _BINS
-        places = (flat[::stride].float() / self._width).clamp_(first, last)
+        places = (sampled.float() / self._width).clamp_(first, last)
         counts = torch.histc(places, bins=_BINS, min=first, max=last)
         self.counts += counts.cpu().double() * stride
+
+    def _sum(self, values: Tensor) -> None:
+        """Join the mean and the squared distances of some values to those so far.
+
+        With `d` the difference of the two means, `mean += d n / N` and the squares grow by
+        `d^2 n (N - n) / N` besides their own (Chan, Golub and LeVeque 1983), which loses nothing
+        where the mean is much larger than the deviation.
+        """
+        size, mean = values.numel(), float(values.mean())
+        values = values - mean
+        before, self._size = self._size, self._size + size
+        difference = mean - self.mean
+        self.mean += difference * size / self._size
+        spread = difference * difference * before / self._size * size
+        self._squares += float(values.dot(values)) + spread
 
     def _grow(self, low: float, high: float) -> None:
         """Widen the lattice until `[low, high]` fits."""

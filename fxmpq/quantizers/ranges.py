@@ -1,22 +1,35 @@
-"""Activation ranges: the scale and zero point that lose least, found on a histogram."""
+"""Activation ranges: the scale and zero point of one tensor, found on a histogram by a rule."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fxmpq.formats import NumberFormat
+from fxmpq.quantizers.floating import float_layout
 from fxmpq.quantizers.histogram import StreamingHistogram
+from fxmpq.quantizers.range_losses import kl_losses, lp_losses
+from fxmpq.quantizers.rule import Rule, RuleOption
 
-_COARSE = torch.exp2(-torch.arange(0, 41, dtype=torch.float64) / 8)
-_FINE = torch.linspace(0.9, 1.1, 21, dtype=torch.float64)
+_SHRINKING = torch.exp2(-torch.arange(0, 57, dtype=torch.float64) / 8)
+_NEAR = torch.exp2(torch.arange(-40, 41, dtype=torch.float64) / 96)
+_NEARER = torch.exp2(torch.arange(-20, 21, dtype=torch.float64) / 960)
+_SMALLEST = float(torch.finfo(torch.float32).tiny)
+
+# (values, counts, scales, zero_points, number_format) -> one loss a range
+Losses = Callable[[Tensor, Tensor, Tensor, Tensor, NumberFormat], Tensor]
 
 
 @dataclass(frozen=True)
 class ActivationRange:
-    """An affine grid for one tensor: `x = scale * (code - zero_point)`.
+    """The grid of one tensor: `x = scale * (code - zero_point)`.
+
+    Codes of a float format stand for small floats, and their zero point is 0.
 
     Args:
         scale: Positive step, rounded to `float32`, in which runtimes hold it.
@@ -27,71 +40,224 @@ class ActivationRange:
     zero_point: int
 
 
-def mse_activation_range(
-    histogram: StreamingHistogram, number_format: NumberFormat
-) -> ActivationRange:
-    """Find the clipping range that minimises the squared quantization error.
-
-    Minimises `sum_i n_i (x_i - Q(x_i))^2` over ranges `[r_l * min, r_h * max]`: first both
-    ends shrink together (41 ratios from 1 to 1/32), then each end is refined alone. Zero is
-    always exactly representable, and a tensor that is never negative gets zero point 0, so
-    that runtimes absorb a preceding ReLU.
+def minmax(histogram: StreamingHistogram, number_format: NumberFormat) -> ActivationRange:
+    """The whole range, from the smallest value to the largest: nothing is clipped.
 
     Args:
         histogram: At least one batch of values.
-        number_format: An affine format.
+        number_format: Affine, or a float's.
 
-    Returns:
-        The best range found; a tensor of zeros gets scale 1.
+    Examples:
+        >>> from fxmpq.formats import Scheme
+        >>> histogram = StreamingHistogram()
+        >>> histogram.update(torch.tensor([-1.0, 2.0]))
+        >>> minmax(histogram, NumberFormat(2, Scheme.AFFINE))
+        ActivationRange(scale=1.0, zero_point=1)
+    """
+    return _range(*_span(histogram), number_format)
+
+
+def percentile(
+    histogram: StreamingHistogram, number_format: NumberFormat, *, percentile: float = 99.99
+) -> ActivationRange:
+    """The range between two percentiles: `[q_(100 - percentile), q_percentile]` of the values.
+
+    A percentile is known to the histogram's bin, 1/4096 to 1/2048 of the whole range; 100 is
+    the whole range exactly. Where both ends are 0, the whole range is taken.
+
+    Args:
+        histogram: At least one batch of values.
+        number_format: Affine, or a float's.
+        percentile: In `(50, 100]`; values beyond are clipped, on each side.
+    """
+    low, high = _span(histogram)
+    above = _quantile(histogram, percentile / 100)
+    below = _quantile(histogram, 1 - percentile / 100)
+    clipped = (max(low, min(0.0, below)), min(high, max(0.0, above)))
+    return _range(*(clipped if clipped[0] < clipped[1] else (low, high)), number_format)
+
+
+def sigma(
+    histogram: StreamingHistogram, number_format: NumberFormat, *, k: float = 3.5
+) -> ActivationRange:
+    """The range within `k` deviations of the mean: `[mean - k sigma, mean + k sigma]`.
+
+    The bounds of a bounded ReLU (arXiv:2006.11735). Mean and deviation are those of
+    all values of the tensor, zeros included; the range never exceeds the whole one.
+
+    Args:
+        histogram: At least one batch of values.
+        number_format: Affine, or a float's.
+        k: Positive.
+    """
+    low, high = _span(histogram)
+    reach = k * histogram.variance**0.5
+    low = max(low, min(0.0, histogram.mean - reach))
+    return _range(low, min(high, max(0.0, histogram.mean + reach)), number_format)
+
+
+def mse(
+    histogram: StreamingHistogram, number_format: NumberFormat, *, p: float = 2.0
+) -> ActivationRange:
+    """The range of least L_p error, `sum_i n_i |x_i - Q(x_i)|^p` over the histogram.
+
+    Ranges `[r_l * min, r_h * max]` are tried first: both ends shrink together (57 ratios from 1
+    to 1/128), then each alone. Then come scales around the best, up to a third larger or smaller,
+    with its zero point and the codes beside it: a few codes lose much less where they meet a
+    frequent value, such as the background of images, and the range may reach beyond the values
+    for that. With `p=2` this is the squared error; a larger `p` weighs clipped values more (Nahshan
+    et al. 2019, arXiv:1911.07190, choose it by the loss).
+
+    Args:
+        histogram: At least one batch of values.
+        number_format: Affine, or a float's.
+        p: The norm's exponent, positive.
 
     Examples:
         >>> from fxmpq.formats import Scheme
         >>> histogram = StreamingHistogram()
         >>> histogram.update(torch.linspace(0, 1, 1001))
-        >>> mse_activation_range(histogram, NumberFormat(8, Scheme.AFFINE)).zero_point
+        >>> mse(histogram, NumberFormat(8, Scheme.AFFINE)).zero_point
         0
     """
-    low, high = min(0.0, histogram.minimum), max(0.0, histogram.maximum)
-    if low == high:
-        return ActivationRange(1.0, 0)
     kept = histogram.counts > 0
     values, counts = histogram.centres[kept], histogram.counts[kept]
+    return _search(histogram, values, counts, number_format, partial(lp_losses, p=p))
 
-    def best(low_ratios: Tensor, high_ratios: Tensor) -> tuple[float, float]:
-        lows, highs = low * low_ratios, high * high_ratios
-        errors = _range_errors(values, counts, lows, highs, number_format)
-        index = int(errors.argmin())
-        return float(low_ratios[index]), float(high_ratios[index])
 
-    low_ratio, high_ratio = best(_COARSE, _COARSE)
-    for _ in range(2):
-        trials = torch.cat([_FINE * high_ratio, _COARSE]).clamp(max=1.0)
-        _, high_ratio = best(torch.full_like(trials, low_ratio), trials)
-        trials = torch.cat([_FINE * low_ratio, _COARSE]).clamp(max=1.0)
-        low_ratio, _ = best(trials, torch.full_like(trials, high_ratio))
-    scale, zero_point = _grid(
-        torch.tensor([low * low_ratio], dtype=torch.float64),
-        torch.tensor([high * high_ratio], dtype=torch.float64),
-        number_format,
-    )
+def kl(histogram: StreamingHistogram, number_format: NumberFormat) -> ActivationRange:
+    """The range whose codes keep most of the distribution: least Kullback-Leibler divergence.
+
+    The same ranges are tried as by `mse`; `kl_losses` says what is compared. Exact zeros count
+    for nothing, since their code keeps them exactly. A 16-bit grid is finer than the bins and
+    has nothing to gain: it takes the whole range. How far a clipped value moves does not count,
+    so at few bits a tensor with another frequent value (the background of normalised images) can
+    be clipped to almost nothing: take `mse` there.
+
+    Args:
+        histogram: At least one batch of values.
+        number_format: Affine, or a float's.
+    """
+    whole = minmax(histogram, number_format)
+    counts = histogram.counts.clone()
+    counts[_zero_bin(histogram)] -= histogram.zeros
+    kept = counts > 0
+    if number_format.bits > 8 or not kept.any():
+        return whole
+    values = histogram.centres[kept]
+    return _search(histogram, values, counts[kept], number_format, kl_losses, whole.scale)
+
+
+def _span(histogram: StreamingHistogram) -> tuple[float, float]:
+    """The whole range, 0 included."""
+    return min(0.0, histogram.minimum), max(0.0, histogram.maximum)
+
+
+def _quantile(histogram: StreamingHistogram, share: float) -> float:
+    """The value that a share of all values does not exceed, linear inside a bin."""
+    if share >= 1 or share <= 0 or histogram.width == 0:
+        return histogram.maximum if share > 0 else histogram.minimum
+    up_to = histogram.counts.cumsum(0)
+    wanted = share * up_to[-1]
+    index = int((up_to >= wanted).int().argmax())
+    zeros = histogram.zeros if index == _zero_bin(histogram) else 0.0
+    others = float(histogram.counts[index]) - zeros
+    left = float(up_to[index] - wanted)
+    if left >= others:
+        return 0.0
+    return float(histogram.centres[index]) + (0.5 - left / others) * histogram.width
+
+
+def _zero_bin(histogram: StreamingHistogram) -> int:
+    """The bin that begins at 0, where exact zeros are counted first."""
+    return int((histogram.centres > 0).int().argmax())
+
+
+def _range(low: float, high: float, number_format: NumberFormat) -> ActivationRange:
+    if low == high:
+        return ActivationRange(1.0, 0)
+    ends = torch.tensor([[low], [high]], dtype=torch.float64)
+    scale, zero_point = _grids(ends[0], ends[1], number_format)
     return ActivationRange(float(scale), int(zero_point))
 
 
-def _grid(lows: Tensor, highs: Tensor, number_format: NumberFormat) -> tuple[Tensor, Tensor]:
-    """Return scales (rounded to `float32`, held in `float64`) and zero points of ranges."""
-    scale = ((highs - lows) / (number_format.qmax - number_format.qmin)).float().double()
+def _grids(lows: Tensor, highs: Tensor, number_format: NumberFormat) -> tuple[Tensor, Tensor]:
+    """Scales (rounded to `float32`, held in `float64`) and zero points of ranges.
+
+    Affine: `scale = (high - low) / (qmax - qmin)` and `zero_point = round(-low / scale)`, so that
+    zero is exactly a code, and code 0 where `low` is 0: runtimes then absorb a preceding ReLU.
+    A float's largest value is the larger magnitude of both ends.
+    """
+    if number_format.is_integer:
+        scale = (highs - lows) / (number_format.qmax - number_format.qmin)
+    else:
+        scale = torch.maximum(-lows, highs) / float_layout(number_format.scheme).largest
     # A range of denormal width would make a step of zero.
-    scale = scale.clamp(min=float(torch.finfo(torch.float32).tiny))
+    scale = scale.float().double().clamp(min=_SMALLEST)
+    if not number_format.is_integer:
+        return scale, torch.zeros_like(scale)
     zero_point = torch.round(-lows / scale).clamp(number_format.qmin, number_format.qmax)
     return scale, zero_point
 
 
-def _range_errors(
-    values: Tensor, counts: Tensor, lows: Tensor, highs: Tensor, number_format: NumberFormat
-) -> Tensor:
-    """Squared error of each range `[ranges]`, summed over a histogram `[bins]`."""
-    scale, zero_point = _grid(lows, highs, number_format)
-    codes = torch.round(values / scale[:, None]) + zero_point[:, None]
-    codes = codes.clamp_(number_format.qmin, number_format.qmax)
-    error = (codes - zero_point[:, None]) * scale[:, None] - values
-    return error.square_() @ counts
+def _search(
+    histogram: StreamingHistogram,
+    values: Tensor,
+    counts: Tensor,
+    number_format: NumberFormat,
+    losses: Losses,
+    largest: float = math.inf,
+) -> ActivationRange:
+    """The range of least loss on the values; the whole one unless another is better.
+
+    Scales stay below the largest.
+    """
+    low, high = _span(histogram)
+    if low == high:
+        return ActivationRange(1.0, 0)
+    best, least = (0.0, 0.0), float("inf")
+
+    def attempt(scales: Tensor, zero_points: Tensor) -> int:
+        nonlocal best, least
+        found = losses(values, counts, scales, zero_points, number_format)
+        index = int(found.argmin())
+        if float(found[index]) < least:
+            least = float(found[index])
+            best = float(scales[index]), float(zero_points[index])
+        return index
+
+    shared = attempt(*_grids(low * _SHRINKING, high * _SHRINKING, number_format))
+    ratios = torch.full_like(_SHRINKING, float(_SHRINKING[shared]))
+    if low < 0 < high:
+        kept = attempt(*_grids(low * ratios, high * _SHRINKING, number_format))
+        ratios = torch.full_like(_SHRINKING, float(_SHRINKING[kept]))
+        attempt(*_grids(low * _SHRINKING, high * ratios, number_format))
+    for factors in (_NEAR, _NEARER):
+        scale, zero_point = best
+        for zero in _neighbours(zero_point, low, high, number_format):
+            scales = (scale * factors).float().double().clamp(_SMALLEST, largest)
+            attempt(scales, torch.full_like(scales, zero))
+    return ActivationRange(best[0], int(best[1]))
+
+
+def _neighbours(
+    zero_point: float, low: float, high: float, number_format: NumberFormat
+) -> list[float]:
+    """Zero points to try: the codes beside it too, where both signs occur."""
+    if not (number_format.is_integer and low < 0 < high):
+        return [zero_point]
+    around = (zero_point, zero_point - 1, zero_point + 1)
+    return [zero for zero in around if number_format.qmin <= zero <= number_format.qmax]
+
+
+FindRange = Callable[..., ActivationRange]
+RangeRule = Rule[FindRange]
+"""Called with `(histogram, number_format, **options)`."""
+
+RANGES: Mapping[str, RangeRule] = {
+    "minmax": Rule(minmax),
+    "percentile": Rule(percentile, {"percentile": RuleOption(99.99, above=50, at_most=100)}),
+    "mse": Rule(mse, {"p": RuleOption(2.0, above=0)}),
+    "kl": Rule(kl),
+    "sigma": Rule(sigma, {"k": RuleOption(3.5, above=0)}),
+}

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, fx
 
 from fxmpq.formats import NumberFormat
+from fxmpq.granularity import PerTensor
 from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.state import Layer
-from fxmpq.quantizers.integer import per_channel
+from fxmpq.quantizers.codes import dequantize, round_in_place
 from fxmpq.quantizers.modules import BiasCorrection, WeightQuantizer
+from fxmpq.quantizers.scales import spread_scale
 
 
 @dataclass(frozen=True)
@@ -19,12 +21,12 @@ class WeightChanges:
     """Changes of one layer.
 
     Args:
-        bits: Widths of the weight formats.
+        formats: The weight formats.
         weights: Rounded minus float weight, `[formats, *weight]`.
         shifts: Bias corrections, `[formats, channels]`; `None` if the layer has none.
     """
 
-    bits: tuple[int, ...]
+    formats: tuple[NumberFormat, ...]
     weights: Tensor
     shifts: Tensor | None
 
@@ -47,18 +49,29 @@ def weight_changes(
     quantizer = graph.get_submodule(layer.weight_quantizer)
     assert isinstance(quantizer, WeightQuantizer)
     weight = get_tensor(graph, layer.weight).detach()
-    scales = [quantizer.scale(number_format) for number_format in quantizer.formats]
     if rows is not None:
         weight = weight[rows]
-        scales = [scale[rows] if quantizer.axis == 0 else scale for scale in scales]
+    scales = [_spread(quantizer, weight, entry, rows) for entry in quantizer.formats]
     dtype = torch.result_type(weight, scales[0])
     changes = torch.empty(len(scales), *weight.shape, dtype=dtype, device=weight.device)
     for change, scale, number_format in zip(changes, scales, quantizer.formats, strict=True):
-        _write_change(
-            change, weight, per_channel(scale, weight.dim(), quantizer.axis), number_format
-        )
-    bits = tuple(number_format.bits for number_format in quantizer.formats)
-    return WeightChanges(bits, changes, _shifts(graph, layer, quantizer))
+        stored = quantizer.stored_codes(number_format)
+        if stored is None:
+            _write_change(change, weight, scale, number_format)
+        else:
+            codes = stored if rows is None else stored[rows]
+            torch.sub(dequantize(codes, scale, number_format), weight, out=change)
+    return WeightChanges(quantizer.formats, changes, _shifts(graph, layer, quantizer))
+
+
+def _spread(
+    quantizer: WeightQuantizer, weight: Tensor, number_format: NumberFormat, rows: Tensor | None
+) -> Tensor:
+    """Scales that broadcast against a weight, or against some rows of it."""
+    scale, granularity = quantizer.scale(number_format), number_format.granularity
+    if rows is not None and quantizer.axis == 0 and not isinstance(granularity, PerTensor):
+        scale = scale[rows]
+    return spread_scale(scale, weight.shape, quantizer.axis, granularity)
 
 
 def _write_change(change: Tensor, weight: Tensor, scale: Tensor, to: NumberFormat) -> None:
@@ -66,8 +79,8 @@ def _write_change(change: Tensor, weight: Tensor, scale: Tensor, to: NumberForma
 
     Written in place: allocating every intermediate would take four times as long.
     """
-    torch.div(weight, scale, out=change).round_().clamp_(to.qmin, to.qmax)
-    change.mul_(scale).sub_(weight)
+    torch.div(weight, scale, out=change)
+    round_in_place(change, to).mul_(scale).sub_(weight)
 
 
 def _shifts(graph: fx.GraphModule, layer: Layer, quantizer: WeightQuantizer) -> Tensor | None:

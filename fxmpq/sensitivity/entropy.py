@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
 from fxmpq.errors import FxmpqError
 from fxmpq.formats import NumberFormat
+from fxmpq.granularity import PerTensor
 from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.batches import Batch
 from fxmpq.graph.state import Group, Layer, require
-from fxmpq.quantizers.integer import weight_codes
+from fxmpq.quantizers.codes import nearest_codes
 from fxmpq.quantizers.modules import WeightQuantizer
 from fxmpq.quantizers.weight_scale import mse_weight_scales
 from fxmpq.sensitivity.sensitivity import Sensitivity
@@ -33,28 +35,29 @@ def entropy(
 ) -> Sensitivity:
     """Score groups by the entropy that their weights' codes lose with fewer bits.
 
-    With `H_l(b)` the entropy in bits of the integer codes of layer `l`'s weight at width `b`
+    With `H_l(b)` the entropy in bits of the codes of layer `l`'s weight in format `b`
     (`code_entropy`) and `B` the widest of the group's candidates, the value of a precision with
-    `b`-bit weights is
+    weights in format `b` is
 
         `sum_l H_l(B) - H_l(b)`     for `gain="difference"`,
         `sum_l H_l(B)` if `b < B`   for `gain="entropy"`,
 
-    and 0 at `B`; the sum runs over the group's distinct weights. `gain="entropy"` is EAGL's
-    (Bablani et al. 2023, arXiv:2301.13330): a group stays at its high width or drops to its low
-    one, and what it would lose is the entropy of its codes at the high one; it is defined for
-    two widths. The difference serves any number of them. Both are per layer, not per weight:
-    the cost of a group brings in its size. EAGL reads a network trained at the high width; on
-    one that was only calibrated, all layers use about the same share of their codes, and the
-    score tells them apart less well than a measurement at the output does.
+    and 0 at all formats as wide as `B`; the sum runs over the group's distinct weights.
+    `gain="entropy"` is EAGL's (Bablani et al. 2023, arXiv:2301.13330): a group stays at its high
+    width or drops to its low one, and what it would lose is the entropy of its codes at the high
+    one; it is defined for two widths. The difference serves any number of them. Both are per
+    layer, not per weight: the cost of a group brings in its size. EAGL reads a network trained
+    at the high width; on one that was only calibrated, all layers use about the same share of
+    their codes, and the score tells them apart less well than a measurement at the output does.
 
     `scales="tensor"` is the published grid: one step for the whole weight, here the one of
     least squared error. `scales="channel"` takes the calibrated codes, pooled over channels;
     with a step of its own each channel fills its codes, which hides the differences between
-    layers.
+    layers. How many values share a scale enters only there: on the published grid `w4b32` is
+    `w4`. Codes of float formats count as the numbers they stand for: -0 is 0.
 
-    Activation widths do not enter, and float counts as the widest integer format: both have
-    value 0.
+    Activation formats do not enter, and fp32 counts as the widest format: both have value
+    0.
 
     Cost: no pass at all; one look at every weight per width. Needs no data (`batches` is
     ignored and may be empty), no labels and no training.
@@ -89,16 +92,19 @@ def entropy(
         _check_two_widths(state.groups)
     values: dict[str, dict[str, float]] = {}
     for group in work.track(state.groups, "counting codes"):
-        formats = {c.weight.bits: c.weight for c in group.candidates if c.weight is not None}
+        # From few bits to many, as candidates are.
+        formats = dict.fromkeys(c.weight for c in group.candidates if c.weight is not None)
         held = {
-            bits: sum(code_entropy(*_codes(graph, layer, f, scales)) for layer in _distinct(group))
-            for bits, f in formats.items()
+            entry: sum(
+                code_entropy(*_codes(graph, layer, entry, scales)) for layer in _distinct(group)
+            )
+            for entry in formats
         }
-        widest = max(held, default=None)
+        widest = next(reversed(held), None)
         values[group.name] = {
             str(c): 0.0
-            if widest is None or c.weight_bits in (None, widest)
-            else held[widest] - (held[c.weight_bits] if gain == "difference" else 0.0)
+            if widest is None or c.weight is None or c.weight.bits == widest.bits
+            else held[widest] - (held[c.weight] if gain == "difference" else 0.0)
             for c in group.candidates
         }
     return Sensitivity(values, method="entropy", fingerprint=state.fingerprint, unit="score")
@@ -147,9 +153,11 @@ def _codes(
         assert isinstance(quantizer, WeightQuantizer)
         codes = quantizer.codes(weight, number_format)
     else:
-        row = weight.reshape(1, -1)
-        (scale,) = mse_weight_scales(row, [number_format], 0)
-        codes = weight_codes(row, scale, number_format, 0)
+        one_scale = replace(number_format, granularity=PerTensor())
+        (scale,) = mse_weight_scales(weight, [one_scale], 0)
+        codes = nearest_codes(weight, scale, one_scale)
+    if not number_format.is_integer:
+        codes = torch.where(codes == 1 << (number_format.bits - 1), 0, codes)
     return codes, number_format.qmin, number_format.qmax
 
 

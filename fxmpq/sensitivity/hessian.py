@@ -28,7 +28,7 @@ _LEAST_DRAWS = 3
 """Draws of a block below which their standard error says little."""
 
 Draw = Callable[[Sequence[Part], int], Sequence[float]]
-Noise = Mapping[str, Mapping[int, float]]
+Noise = Mapping[str, Mapping[NumberFormat, float]]
 
 
 def hessian(
@@ -191,29 +191,31 @@ def _has_settled(draws: Sequence[Sequence[float]], tolerance: float) -> bool:
     return float(np.linalg.norm(errors)) <= tolerance * float(np.linalg.norm(table.mean(axis=1)))
 
 
-def _weight_noise(graph: fx.GraphModule, groups: Sequence[Group]) -> dict[str, dict[int, float]]:
-    """`||Q_b(W) - W||^2` per weight quantizer and width."""
-    noise: dict[str, dict[int, float]] = {}
+def _weight_noise(
+    graph: fx.GraphModule, groups: Sequence[Group]
+) -> dict[str, dict[NumberFormat, float]]:
+    """`||Q_b(W) - W||^2` per weight quantizer and format."""
+    noise: dict[str, dict[NumberFormat, float]] = {}
     for group in groups:
         for layer in group.layers:
             if layer.weight_quantizer is None or layer.weight_quantizer in noise:
                 continue
             changes = weight_changes(graph, layer)
             powers = changes.weights.flatten(1).double().square().sum(1)
-            noise[layer.weight_quantizer] = dict(zip(changes.bits, powers.tolist(), strict=True))
+            noise[layer.weight_quantizer] = dict(zip(changes.formats, powers.tolist(), strict=True))
     return noise
 
 
 def _activation_noise(
     graph: fx.GraphModule, names: Sequence[str], numbers: Sequence[float]
-) -> dict[str, dict[int, float]]:
-    """`E ||Q_c(x) - x||^2` per activation quantizer and width."""
+) -> dict[str, dict[NumberFormat, float]]:
+    """`E ||Q_c(x) - x||^2` per activation quantizer and format."""
     left = iter(numbers)
-    noise: dict[str, dict[int, float]] = {}
+    noise: dict[str, dict[NumberFormat, float]] = {}
     for name in names:
         quantizer = graph.get_submodule(name)
         assert isinstance(quantizer, ActivationQuantizer)
-        noise[name] = {number_format.bits: next(left) for number_format in quantizer.formats}
+        noise[name] = {number_format: next(left) for number_format in quantizer.formats}
     return noise
 
 
@@ -226,4 +228,4 @@ def _score(group: Group, precision: Precision, traces: Mapping[str, float], nois
     if precision.activation is not None:
         rounded += [(name, precision.activation) for name in group.activation_quantizers]
     # Without `activations=True` these have no trace.
-    return sum((traces[name] * noise[name][f.bits] for name, f in rounded if name in traces), 0.0)
+    return sum((traces[name] * noise[name][f] for name, f in rounded if name in traces), 0.0)

@@ -146,15 +146,15 @@ class ProjectionPass(fx.Interpreter):
                 read, indices = torch.unique(x, return_inverse=True)
             changes = weight_changes(self._graph, layer, read)
             columns = self._rows[:, self._columns[group.name]]
-            for activation in dict.fromkeys(c.activation_bits for c in group.candidates):
+            for activation in dict.fromkeys(c.activation for c in group.candidates):
                 seen = self._seen_input(layer, indices, activation, keep=not push_input_error)
                 found = self._weight_projections(layer, seen, gradient, changes, rest, strides)
                 if push_input_error and activation is not None:
                     pushed = self._pushed(node, seen - x) * gradient
                     found = found + self._per_sample(pushed, strides[1]).unsqueeze(1)
                 for index, candidate in enumerate(group.candidates):
-                    if candidate.activation_bits == activation and candidate.weight_bits:
-                        columns[:, index] += found[:, changes.bits.index(candidate.weight_bits)]
+                    if candidate.activation == activation and candidate.weight is not None:
+                        columns[:, index] += found[:, changes.formats.index(candidate.weight)]
 
         return hook
 
@@ -194,7 +194,9 @@ class ProjectionPass(fx.Interpreter):
         assert isinstance(pushed, Tensor)
         return pushed
 
-    def _seen_input(self, layer: Layer, x: Tensor, activation: int | None, *, keep: bool) -> Tensor:
+    def _seen_input(
+        self, layer: Layer, x: Tensor, activation: NumberFormat | None, *, keep: bool
+    ) -> Tensor:
         """The layer's input in an activation format, where a quantizer feeds it directly.
 
         Other layers that read it, and the quantizer's own hook, find it again if it is kept.
@@ -203,14 +205,13 @@ class ProjectionPass(fx.Interpreter):
         if activation is None or name is None:
             return x
         quantizer = self._quantizer(name)
-        formats = [f for f in quantizer.formats if f.bits == activation]
-        if not formats:
+        if activation not in quantizer.formats:
             return x
-        rounded = self._rounded.get((name, formats[0]))
+        rounded = self._rounded.get((name, activation))
         if rounded is None:
-            rounded = quantizer.quantize(x, formats[0])
+            rounded = quantizer.quantize(x, activation)
             if keep:
-                self._rounded[name, formats[0]] = rounded
+                self._rounded[name, activation] = rounded
         return rounded
 
     def _quantizer(self, name: str) -> ActivationQuantizer:

@@ -222,7 +222,7 @@ def _saving(
 
 
 def _bits(program: IntegerProgram, option: Option) -> int:
-    return sum(Precision.parse(program.entries[option.key][1]).sort_key)
+    return sum(Precision.parse(program.entries[option.key][1]).sort_key[:2])
 
 
 def _cost(option: Option, weights: Sequence[Fraction]) -> Fraction:

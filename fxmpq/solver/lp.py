@@ -192,7 +192,8 @@ def _relax(program: IntegerProgram, solver: str, seconds: float) -> _Relaxed:
     if reduced is None:
         raise InfeasibleBudgetError("no choice is within all limits")
     bits = {
-        key: sum(Precision.parse(name).sort_key) for key, (_, name) in enumerate(program.entries)
+        key: sum(Precision.parse(name).sort_key[:2])
+        for key, (_, name) in enumerate(program.entries)
     }
     if not reduced.limits:
         # Nothing binds.

@@ -23,7 +23,10 @@ def test_multiply_accumulates_count_every_call(group: Group, precision: str) -> 
 
 @pytest.mark.parametrize(
     ("precision", "per_mac"),
-    [("w4a8", 32), ("w8a8", 64), ("w2a4", 8), ("w4", 128), ("fp32", 1024)],
+    [
+        *[("w4a8", 32), ("w8a8", 64), ("w2a4", 8), ("w4", 128), ("fp32", 1024)],
+        *[("w4b32a8", 32), ("we4m3ae5m2", 64), ("we2m1ae4m3", 32), ("we2m1b16", 128)],
+    ],
 )
 def test_bit_operations_multiply_the_widths(group: Group, precision: str, per_mac: int) -> None:
     assert bops(group, Precision.parse(precision)) == 607 * per_mac

@@ -188,7 +188,7 @@ def test_a_total_for_no_metric_is_refused() -> None:
         ({"fixed": {"weights": math.nan}}, "NaN"),
         ({"costs": {"weights": {"a": {"w4a8": -1}}}}, "not negative"),
         ({"costs": {"weights": {"a": {"w4a8": "1"}}}}, "finite numbers"),
-        ({"costs": {"weights": {"a": {"w5b8": 1}}}}, "cannot read the precision"),
+        ({"costs": {"weights": {"a": {"w5c8": 1}}}}, "cannot read the precision"),
         ({"costs": {"weights": 3}}, "fxmpq.costs: "),
         ({"costs": 3}, "fxmpq.costs: "),
         ({"fixed": 3}, "fxmpq.costs: "),

@@ -11,6 +11,7 @@ from fxmpq.costs.weights import weight_bits, weight_bytes
 from fxmpq.formats import NumberFormat, Precision
 from fxmpq.graph.state import Group, Layer
 from fxmpq.quantizers.packing import pack_codes
+from fxmpq.quantizers.scales import pack_scale, scale_shape
 
 WIDTHS = st.sampled_from([2, 3, 4, 5, 6, 7, 8, 16])
 SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=4).map(tuple)
@@ -63,6 +64,40 @@ def test_activations_do_not_count(shape: tuple[int, ...], activation: int | None
     group = group_of(("w", shape))
     for rule in (weight_bytes, weight_bits):
         assert rule(group, Precision(4, activation)) == rule(group, Precision(4))
+
+
+@given(SHAPES, st.sampled_from(["w4t", "w4b8", "we4m3", "we2m1b16", "we2m1b32", "we5m2b64"]))
+def test_bytes_are_those_of_what_is_stored(shape: tuple[int, ...], name: str) -> None:
+    precision = Precision.parse(name)
+    assert precision.weight is not None
+    codes = torch.zeros(shape, dtype=torch.uint8)
+    scale = torch.ones(scale_shape(shape, 0, precision.weight.granularity))
+    stored = [
+        pack_codes(codes, precision.weight.bits),
+        *pack_scale(scale, precision.weight).values(),
+    ]
+    expected = sum(tensor.numel() * tensor.element_size() for tensor in stored)
+    assert weight_bytes(group_of(("w", shape)), precision) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "scales"),
+    [
+        ("w4t", 4),
+        ("w4", 4 * 6),
+        ("w4b128", 4 * 6),
+        ("w4b32", 4 * 6 * 3),
+        ("we4m3", 4 * 6),
+        ("we4m3b32", 6 * 3),
+        ("we2m1b16", 6 * 5 + 4),
+    ],
+)
+def test_scales_of_each_granularity(name: str, scales: int) -> None:
+    # 6 channels of 72 values: blocks of 32, 32 and 8.
+    group, precision = group_of(("w", (6, 8, 3, 3))), Precision.parse(name)
+    assert precision.weight_bits is not None
+    assert weight_bytes(group, precision) == 6 * 72 * precision.weight_bits // 8 + scales
+    assert weight_bits(group, precision) == 6 * 72 * precision.weight_bits
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

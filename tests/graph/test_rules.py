@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from fxmpq.errors import PrecisionError
-from fxmpq.formats import Precision
+from fxmpq.formats import Precision, Scheme
+from fxmpq.granularity import PerBlock, PerChannel, PerTensor
 from fxmpq.graph.rules import OperatorRule, TargetRules
 
 RULES = TargetRules(
@@ -54,5 +55,68 @@ def test_a_kind_that_only_stores_takes_the_weight_half_once() -> None:
 
 def test_the_description_names_every_kind() -> None:
     assert RULES.describe() == (
-        "conv: weights [4, 8], activations [8]; embedding: weights [4], activations [None]"
+        "conv: weights [4, 8], activations [8], scales per channel; "
+        "embedding: weights [4], activations [None], scales per channel"
+    )
+
+
+WIDE = TargetRules(
+    name="wide",
+    operators={
+        "conv": OperatorRule(
+            frozenset({4}),
+            frozenset({None, 8}),
+            frozenset({Scheme.E4M3, Scheme.E2M1}),
+            frozenset({PerChannel, PerBlock}),
+        ),
+        "embedding": OperatorRule(frozenset({4}), frozenset({None}), frozenset({Scheme.E4M3})),
+        "linear": OperatorRule(
+            frozenset({4}), frozenset({8}), granularities=frozenset({PerTensor})
+        ),
+    },
+    default_candidates=(Precision(4, 8),),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("w4a8", {"conv"}),
+        ("w4b32a8", {"conv"}),
+        ("w4b32", {"conv"}),
+        ("w4ta8", {"linear"}),
+        ("we4m3ae4m3", {"conv"}),
+        ("we4m3a8", {"conv"}),
+        ("w4ae4m3", {"conv"}),
+        ("we4m3", {"conv", "embedding"}),
+        ("we2m1b16a8", {"conv"}),
+        ("we2m1ta8", set()),
+        ("we5m2a8", set()),
+        ("we4m3ae5m2", set()),
+        ("w8b32a8", set()),
+    ],
+)
+def test_a_rule_runs_its_floats_and_granularities(name: str, kinds: set[str]) -> None:
+    found = {kind for kind, rule in WIDE.operators.items() if rule.runs(Precision.parse(name))}
+    assert found == kinds
+
+
+def test_a_kind_that_only_stores_takes_float_weights_without_their_activations() -> None:
+    wanted = parsed("we4m3ae4m3", "w4ae4m3", "we2m1ae4m3")
+    assert WIDE.candidates_for("embedding", wanted) == parsed("w4", "we4m3")
+
+
+def test_candidates_of_one_width_have_an_order_of_their_own() -> None:
+    names = ["w4a8", "w4b128a8", "w4b32a8", "we2m1a8", "we2m1b16a8"]
+    for wanted in (names, names[::-1]):
+        assert WIDE.candidates_for("conv", parsed(*wanted)) == parsed(
+            "w4a8", "we2m1a8", "w4b128a8", "w4b32a8", "we2m1b16a8"
+        )
+
+
+def test_the_description_names_floats_and_granularities() -> None:
+    assert WIDE.describe() == (
+        "conv: weights [4], activations [8, None], floats ['e2m1', 'e4m3'], scales per channel, "
+        "per block; embedding: weights [4], activations [None], floats ['e4m3'], scales per "
+        "channel; linear: weights [4], activations [8], scales per tensor"
     )

@@ -188,3 +188,33 @@ def test_sampling_sees_every_channel() -> None:
     histogram.update(values)
     ones = float(histogram.counts[histogram.centres > 0.5].sum())
     assert ones == pytest.approx(64 * 128, rel=0.02)
+
+
+@given(st.lists(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20), min_size=1))
+def test_mean_and_variance_are_those_of_all_values(batches: list[list[float]]) -> None:
+    histogram = counted(batches)
+    values = np.concatenate([np.array(batch, dtype=np.float64) for batch in batches])
+    assert histogram.mean == pytest.approx(values.mean(), rel=1e-12, abs=1e-9)
+    assert histogram.variance == pytest.approx(values.var(), rel=1e-9, abs=1e-9 * values.max() ** 2)
+
+
+def test_the_variance_survives_a_mean_that_is_much_larger() -> None:
+    values = torch.randn(300_000, generator=torch.Generator().manual_seed(0)) + 10_000
+    histogram = StreamingHistogram()
+    for part in values.chunk(7):
+        histogram.update(part)
+    assert histogram.variance == pytest.approx(float(values.double().var(correction=0)), rel=1e-9)
+
+
+def test_moments_count_every_value_where_the_bins_hold_a_sample() -> None:
+    values = torch.rand(600_000, generator=torch.Generator().manual_seed(1))
+    histogram = StreamingHistogram()
+    histogram.update(values)
+    assert histogram.mean == pytest.approx(float(values.double().mean()), rel=1e-12)
+    assert float(histogram.counts.sum()) == pytest.approx(600_000, rel=1e-4)
+
+
+@given(st.lists(st.sampled_from([0.0, -0.0, 1e-30, -2.0, 3.0]), min_size=1), st.integers(1, 4))
+def test_exact_zeros_are_counted(values: list[float], batches: int) -> None:
+    histogram = counted([values] * batches)
+    assert histogram.zeros == batches * sum(value == 0 for value in values)

@@ -3,9 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxmpq.formats import NumberFormat, Scheme
+from fxmpq.formats import NumberFormat, Precision, Scheme
+from fxmpq.granularity import PerTensor
+from fxmpq.quantizers.codes import dequantize, round_in_place
 from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
 from fxmpq.quantizers.ranges import ActivationRange
+from fxmpq.quantizers.scales import scale_rows, scale_shape
 
 UINT8, UINT4 = NumberFormat(8, Scheme.AFFINE), NumberFormat(4, Scheme.AFFINE)
 INT8, INT4 = NumberFormat(8), NumberFormat(4)
@@ -52,6 +55,64 @@ def test_a_weight_has_codes_and_values_per_format() -> None:
     assert quantizer(weight).tolist() == [[0.5, -4.0], [1.0, 0.0]]
     quantizer.activate(INT8)
     assert torch.allclose(quantizer(weight), torch.tensor([[0.6, -9.0], [0.6, -0.2]]))
+
+
+BLOCKS = ["w4b4", "w4t", "we4m3", "we2m1t", "we2m1b16", "we2m1b32", "we5m2b5"]
+
+
+def weight_format(name: str) -> NumberFormat:
+    found = Precision.parse(name).weight
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_weight_of_any_format_agrees_with_itself(name: str, axis: int) -> None:
+    number_format = weight_format(name)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 4, 3, 3, generator=generator)
+    shape = scale_shape(weight.shape, axis, number_format.granularity)
+    quantizer = WeightQuantizer("conv.weight", [number_format], axis)
+    quantizer.set_scale(number_format, torch.rand(shape, generator=generator) * 0.2 + 0.05)
+    assert quantizer.scale(number_format).shape == shape
+    spread = quantizer.spread_scale(weight, number_format)
+    assert torch.broadcast_shapes(spread.shape, weight.shape) == weight.shape
+    codes = quantizer.codes(weight, number_format)
+    found = quantizer.quantize(weight, number_format)
+    assert torch.equal(found, dequantize(codes, spread, number_format))
+    # Each row of values that share a scale is what that scale alone makes of it.
+    rows = scale_rows(weight, axis, number_format.granularity)
+    alone = quantizer.scale(number_format).reshape(-1, 1)
+    expected = round_in_place(rows / alone, number_format) * alone
+    assert torch.equal(scale_rows(found, axis, number_format.granularity), expected)
+    # Stored codes take the place of the nearest.
+    quantizer.set_codes(number_format, codes.flip(0))
+    assert quantizer.stored_codes(number_format) is not None
+    assert torch.equal(quantizer.codes(weight, number_format), codes.flip(0))
+    flipped = quantizer.quantize(weight, number_format)
+    assert torch.equal(flipped, dequantize(codes.flip(0), spread, number_format))
+    assert set(quantizer.state_dict()) == {
+        f"scale_{number_format.name}",
+        f"codes_{number_format.name}",
+    }
+
+
+def test_scales_are_kept_as_the_format_stores_them() -> None:
+    mx, nv = weight_format("we2m1b32"), weight_format("we2m1b16")
+    quantizer = WeightQuantizer("fc.weight", [mx, nv], axis=0)
+    for entry in (mx, nv):
+        quantizer.set_scale(entry, torch.tensor([[0.3, 0.71]]))
+    assert quantizer.scale(mx).tolist() == [[0.25, 1.0]]
+    assert quantizer.scale(nv).tolist() == [[0.3125, 0.6875]]
+
+
+def test_an_activation_takes_floats_too() -> None:
+    number_format = NumberFormat(4, Scheme.E2M1, PerTensor())
+    quantizer = ActivationQuantizer("gelu", [number_format])
+    quantizer.ranges = {number_format.name: ActivationRange(0.5, 0)}
+    quantizer.activate(number_format)
+    assert quantizer(torch.tensor([-9.0, -0.3, 0.6, 1.2])).tolist() == [-3.0, -0.25, 0.5, 1.0]
 
 
 def test_scales_travel_with_the_module() -> None:

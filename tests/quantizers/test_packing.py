@@ -59,6 +59,24 @@ def test_spare_bits_of_the_last_byte_are_zero() -> None:
     assert pack_codes(torch.tensor([-1, -1, -1], dtype=torch.int8), 3).tolist() == [0xFF, 0x01]
 
 
+@given(st.integers(1, 8), st.integers(1, 50), st.integers(0, 1000))
+def test_bit_patterns_come_back_unsigned(bits: int, count: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, (count,), generator=generator).to(torch.uint8)
+    packed = pack_codes(codes, bits)
+    back = unpack_codes(packed, bits, (count,), signed=False)
+    assert back.dtype is torch.uint8
+    assert back.equal(codes)
+    signed = unpack_codes(packed, bits, (count,)).long()
+    assert torch.equal(signed % (1 << bits), codes.long())
+
+
+def test_bytes_of_bit_patterns_are_torchs_own() -> None:
+    x = torch.tensor([0.5, -448.0, 3.0])
+    codes = x.to(torch.float8_e4m3fn).view(torch.uint8)
+    assert torch.equal(pack_codes(codes, 8).view(torch.float8_e4m3fn).float(), x)
+
+
 def test_a_transposed_tensor_is_packed_in_its_own_order() -> None:
     codes = drawn(4, (3, 5), 0)
     assert pack_codes(codes.T, 4).equal(pack_codes(codes.T.contiguous(), 4))

@@ -15,6 +15,7 @@ from fxmpq.errors import FxmpqError
 from fxmpq.formats import NumberFormat, Precision
 from fxmpq.graph.state import require
 from fxmpq.graph.trace import trace
+from fxmpq.quantizers.modules import WeightQuantizer
 from fxmpq.quantizers.weight_scale import mse_weight_scales
 from fxmpq.sensitivity import entropy as module
 from fxmpq.sensitivity.entropy import code_entropy, entropy
@@ -124,6 +125,32 @@ def test_more_widths_telescope(
     assert row == pytest.approx({**expected, "w4a8": expected["w4a4"]}, rel=1e-9)
     with pytest.raises(FxmpqError, match=r"'stem\.0' has 3: 2, 4, 8"):
         entropy(graph, images, gain="entropy")
+
+
+def test_formats_of_one_width_have_entropies_of_their_own(
+    conv_graph: fx.GraphModule, images: list[Tensor], calibrated: Planned
+) -> None:
+    names = ["w4a8", "w4b8a8", "we2m1a8", "w8a8", "we4m3a8"]
+    graph = calibrated(conv_graph, images, candidates=[Precision.parse(name) for name in names])
+    row = entropy(graph, []).values["fc"]
+    assert (row["w8a8"], row["we4m3a8"]) == (0.0, 0.0)
+    # One step for the whole weight leaves no blocks.
+    assert row["w4a8"] == row["w4b8a8"] != row["we2m1a8"]
+    pooled = entropy(graph, [], scales="channel").values["fc"]
+    assert len({pooled[name] for name in names[:3]}) == 3
+    weight = graph.get_parameter("fc.weight").detach()
+    quantizer = graph.get_submodule("quantizers.weight_fc_weight")
+    assert isinstance(quantizer, WeightQuantizer)
+    held = {}
+    for name in ("we2m1", "we4m3"):
+        number_format = Precision.parse(name).weight
+        assert number_format is not None
+        spread = quantizer.spread_scale(weight, number_format)
+        # Numbers rather than bit patterns: -0 and 0 are one.
+        numbers = quantizer.quantize(weight, number_format) / spread
+        _, counts = np.unique(numbers.round(decimals=4).numpy() + 0.0, return_counts=True)
+        held[name] = float(scipy.stats.entropy(counts, base=2))
+    assert pooled["we2m1a8"] == pytest.approx(held["we4m3"] - held["we2m1"], rel=1e-9)
 
 
 def test_pinned_and_excluded_groups_lose_nothing(

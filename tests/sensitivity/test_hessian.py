@@ -102,6 +102,21 @@ def test_diagonal_hessians_in_closed_form(
         assert found.value("0", precision) == pytest.approx(expected, rel=1e-5)
 
 
+def test_formats_of_one_width_have_noise_of_their_own(calibrated: Calibrated) -> None:
+    model = nn.Sequential(nn.Linear(8, 3))
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    candidates = [Precision.parse(name) for name in ("w4a8", "w4b4a8", "we2m1a8", "w4ae4m3")]
+    graph = calibrated(trace(model, x), [x], candidates=candidates)
+    batches = [(x, torch.ones(16, 3))]
+    found = hessian(graph, batches, loss=squared, probes=1, seed=2)
+    noise = {precision: noise_of(graph, "0", precision, x) for precision in candidates}
+    values = [found.value("0", precision) for precision in candidates]
+    columns = np.array([noise[precision] for precision in candidates])
+    traces, *_ = np.linalg.lstsq(columns, np.array(values), rcond=None)
+    assert columns @ traces == pytest.approx(values, rel=1e-4)
+    assert len({round(value, 9) for value in values}) == 4
+
+
 def test_values_are_traces_times_noise(perceptron: fx.GraphModule, labelled: Labelled) -> None:
     curvature = Curvature(perceptron, classification_loss, activations=True)
     blocks = [(name,) for name in (*curvature.weights, *curvature.activations)]

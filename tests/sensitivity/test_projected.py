@@ -98,6 +98,24 @@ def test_all_probes_give_the_explicit_jacobians_values(
         assert all_probes.value(group, precision) == pytest.approx(expected, rel=1e-4)
 
 
+def test_blocks_and_floats_match_the_explicit_jacobian() -> None:
+    torch.manual_seed(3)
+    model, x = Perceptron().eval(), torch.randn(12, 6)
+    names = ["w4b4a8", "w4a8", "w4ta8", "we2m1a8", "we2m1b16ae4m3", "we4m3ae4m3", "w8ae2m1"]
+    prepared = insert_quantizers(
+        trace(model, x),
+        get_target("reference").rules,
+        candidates=[Precision.parse(name) for name in names],
+    )
+    graph = calibrate(prepared, [x], progress=False)
+    found = projected(graph, [x], probes=4)
+    signal = float(model(x).detach().square().sum())
+    for name in names:
+        for group, moved in moved_outputs(model, graph, x, name).items():
+            expected = float(moved.square().sum()) / signal
+            assert found.value(group, name) == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("probes", [1, 3])
 def test_few_probes_are_unbiased(
     perceptron: tuple[Perceptron, fx.GraphModule, Tensor], probes: int

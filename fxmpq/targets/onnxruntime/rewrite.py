@@ -90,9 +90,12 @@ def _codes(
 ) -> tuple[Tensor, Tensor]:
     """A weight's codes and scales: its own, or the codes for another scale."""
     assert quantizer.active is not None
-    scale = quantizer.scale(quantizer.active) if scale is None else scale
     weight = get_tensor(graph, quantizer.name).detach()
-    return weight_codes(weight, scale, quantizer.active, quantizer.axis), scale
+    if scale is None:
+        return quantizer.codes(weight, quantizer.active), quantizer.scale(quantizer.active)
+    # Rounding the quantized weight finds its own codes again wherever the scale is unchanged.
+    rounded = quantizer.quantize(weight, quantizer.active)
+    return weight_codes(rounded, scale, quantizer.active, quantizer.axis), scale
 
 
 def _bias_of(graph: fx.GraphModule, node: fx.Node) -> Tensor | None:

@@ -11,48 +11,56 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from fxmpq.formats import NumberFormat, Precision
+from fxmpq.granularity import PerBlock
 from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.batches import Batch
 from fxmpq.graph.run import run_batch
 from fxmpq.graph.state import Layer, state_of
-from fxmpq.quantizers.integer import dequantize_weight
+from fxmpq.quantizers.codes import dequantize
 from fxmpq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 from fxmpq.quantizers.packing import pack_codes, unpack_codes
+from fxmpq.quantizers.scales import pack_scale, spread_scale, unpack_scale
 from fxmpq.targets.lowering import finish, lower, quantizer_of
 from fxmpq.targets.outcome import layer_reports
 from fxmpq.targets.target import Converted
 
 SCHEMA = "fxmpq.reference"
-VERSION = 1
+VERSION = 2
 
 
 class PackedWeight(nn.Module):
-    """A weight stored as packed integer codes and one scale per channel.
+    """A weight stored as packed codes and its scales, as `pack_scale` stores them.
 
     Args:
-        codes: Integer codes in the weight's shape.
-        scale: Shape `[channels]`.
-        number_format: Of the codes.
+        codes: Codes in the weight's shape.
+        scale: In the shape that `scale_shape` gives.
+        number_format: Of the codes and scales.
         axis: The channel dimension.
     """
 
     packed: Tensor
-    scale: Tensor
 
     def __init__(
         self, codes: Tensor, scale: Tensor, number_format: NumberFormat, axis: int
     ) -> None:
         super().__init__()
         self.register_buffer("packed", pack_codes(codes, number_format.bits))
-        self.register_buffer("scale", scale)
+        stored = pack_scale(scale, number_format)
+        for name, tensor in stored.items():
+            self.register_buffer(name, tensor)
+        self.scale_names = tuple(stored)
         self.number_format = number_format
         self.shape = tuple(codes.shape)
         self.axis = axis
 
     def forward(self) -> Tensor:
         """Unpack and dequantize: the weight in real numbers."""
-        codes = unpack_codes(self.packed, self.number_format.bits, self.shape)
-        return dequantize_weight(codes, self.scale, self.axis)
+        found = self.number_format
+        codes = unpack_codes(self.packed, found.bits, self.shape, signed=found.is_integer)
+        stored = {name: self.get_buffer(name) for name in self.scale_names}
+        scale = unpack_scale(stored, found)
+        spread = spread_scale(scale, self.shape, self.axis, found.granularity)
+        return dequantize(codes, spread, found)
 
 
 def convert_reference(graph: fx.GraphModule, output: Path | None) -> Converted:
@@ -60,8 +68,8 @@ def convert_reference(graph: fx.GraphModule, output: Path | None) -> Converted:
 
     The result computes exactly what the simulation computes. With `output`, a folder, it
     writes `model.safetensors` (codes as `uint8` bytes, scales, and all float tensors) and
-    `model.json` (per weight: bits, shape, channel axis; per activation: bits, scale, zero
-    point).
+    `model.json` (per weight: format, bits, shape, channel axis, block size, how scales are
+    stored; per activation: format, bits, scale, zero point).
 
     Args:
         graph: With chosen precisions; not changed.
@@ -99,12 +107,17 @@ def _pack(
     with graph.graph.inserting_before(node):
         node.replace_all_uses_with(graph.graph.call_module(name, ()))
     graph.graph.erase_node(node)
+    granularity = active.granularity
     return {
         "codes": f"{name}.packed",
-        "scale": f"{name}.scale",
+        **{key: f"{name}.{key}" for key in packed.scale_names},
+        "format": active.name,
+        "numbers": active.scheme.value,
         "bits": active.bits,
         "shape": list(codes.shape),
         "channel_axis": quantizer.axis,
+        "scale_format": active.scale_kind.value,
+        "block": granularity.size if isinstance(granularity, PerBlock) else None,
     }
 
 
@@ -115,6 +128,8 @@ def _write(
     state = state_of(graph)
     activations = {
         module.name: {
+            "format": module.active.name,
+            "numbers": module.active.scheme.value,
             "bits": module.active.bits,
             "scale": module.ranges[module.active.name].scale,
             "zero_point": module.ranges[module.active.name].zero_point,

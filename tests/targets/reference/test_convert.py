@@ -5,12 +5,14 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 from torch import Tensor, fx, nn
 
+from fxmpq.costs.weights import weight_bytes
 from fxmpq.formats import NumberFormat, Precision
 from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.run import run_batch
@@ -69,6 +71,76 @@ def decode(entry: Mapping[str, object], tensors: Mapping[str, np.ndarray]) -> np
     scale = tensors[str(entry["scale"])]
     aligned = scale.reshape([-1 if dim == axis else 1 for dim in range(len(shape))])
     return codes.astype(np.float32) * aligned
+
+
+FORMATS = ["w4b32a8", "w4ta8", "we4m3ae4m3", "we5m2b9ae5m2", "we2m1b16a8", "we2m1b32ae2m1", "w3b7"]
+
+
+def decode_any(entry: Mapping[str, object], tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Reads a weight of any format as the file's documentation says, with ml_dtypes."""
+    numbers, bits, shape, axis, block = (
+        entry[key] for key in ("numbers", "bits", "shape", "channel_axis", "block")
+    )
+    assert isinstance(bits, int)
+    assert isinstance(shape, list)
+    assert isinstance(axis, int)
+    stream = np.unpackbits(tensors[str(entry["codes"])], bitorder="little")
+    places = stream[: math.prod(shape) * bits].reshape(-1, bits).astype(np.int64)
+    unsigned = (places << np.arange(bits)).sum(axis=1)
+    if numbers == "symmetric":
+        values = np.where(unsigned >= 1 << (bits - 1), unsigned - (1 << bits), unsigned)
+    else:
+        kinds = {
+            "e4m3": ml_dtypes.float8_e4m3fn,
+            "e5m2": ml_dtypes.float8_e5m2,
+            "e2m1": ml_dtypes.float4_e2m1fn,
+        }
+        values = unsigned.astype(np.uint8).view(kinds[str(numbers)])
+    values = values.astype(np.float32).reshape(shape)
+    scale = tensors[str(entry["scale"])]
+    if entry["scale_format"] == "e8m0":
+        scale = scale.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    if entry["scale_format"] == "e4m3":
+        scale = scale.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        scale = scale * tensors[str(entry["tensor_scale"])]
+    rows = np.moveaxis(values, axis, 0).reshape(shape[axis], -1)
+    if block is not None:
+        assert isinstance(block, int)
+        scale = np.repeat(scale, block, axis=1)[:, : rows.shape[1]]
+        return (rows * scale).reshape(values.shape)
+    return (rows * scale.reshape(-1, 1)).reshape(values.shape)
+
+
+@pytest.mark.parametrize(("model", "formats"), [("conv", FORMATS[2:6]), ("bert", FORMATS)])
+def test_every_format_converts_bit_exactly_and_is_read_back(
+    model: str,
+    formats: list[str],
+    calibrated: Made,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    batches = request.getfixturevalue({"conv": "images", "bert": "token_batches"}[model])
+    candidates = [Precision.parse(name) for name in formats]
+    graph = calibrated(request.getfixturevalue(f"{model}_graph"), batches, candidates=candidates)
+    planned = mixed(graph)
+    made = convert(planned, output=tmp_path, verify=batches)
+    assert made.sqnr_db == math.inf
+    tensors, manifest = load_file(made.files[0]), json.loads(made.files[1].read_text())
+    expected = weights_of(planned)
+    assert set(manifest["weights"]) == set(expected)
+    assert len({entry["format"] for entry in manifest["weights"].values()}) == len(formats)
+    for name, quantizer in expected.items():
+        simulated = quantizer(get_tensor(planned, name)).detach()
+        entry = manifest["weights"][name]
+        assert np.array_equal(decode_any(entry, tensors), simulated.numpy())
+        assert quantizer.active is not None
+        assert entry["format"] == quantizer.active.name
+    state = require(planned, stage="calibrated")
+    counted = [
+        weight_bytes(group, Precision.parse(state.choices[group.name])) for group in state.groups
+    ]
+    packed = [tensor.nbytes for name, tensor in tensors.items() if name.startswith("packed.")]
+    assert sum(packed) == sum(counted)
 
 
 def test_the_converted_model_computes_the_simulations_bits(
@@ -130,7 +202,7 @@ def test_the_manifest_tells_plan_and_activations(planned: fx.GraphModule, tmp_pa
     manifest = json.loads(convert(planned, output=tmp_path).files[1].read_text())
     state = require(planned, stage="calibrated")
     assert manifest["schema"] == "fxmpq.reference"
-    assert manifest["version"] == 1
+    assert manifest["version"] == 2
     assert manifest["fingerprint"] == state.fingerprint
     assert manifest["choices"] == state.choices
     active = [
@@ -143,6 +215,8 @@ def test_the_manifest_tells_plan_and_activations(planned: fx.GraphModule, tmp_pa
         assert module.active is not None
         found = module.ranges[module.active.name]
         assert manifest["activations"][module.name] == {
+            "format": f"uint{module.active.bits}",
+            "numbers": "affine",
             "bits": module.active.bits,
             "scale": found.scale,
             "zero_point": found.zero_point,
