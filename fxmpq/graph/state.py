@@ -12,6 +12,7 @@ from torch.utils._pytree import TreeSpec
 
 from fxmpq.errors import FxmpqError
 from fxmpq.formats import Precision
+from fxmpq.quantizers.rule import RuleChoice
 
 _KEY = "fxmpq"
 
@@ -86,6 +87,41 @@ class LeftFloat:
 
 
 @dataclass(frozen=True)
+class Refinement:
+    """What one refinement method did to one layer or block.
+
+    Args:
+        method: The method's name.
+        layer: Name of the layer, or of the block's first; empty for the whole model.
+        before: Relative squared error of its output before, `sum (y_q - y)^2 / sum y^2`.
+        after: The same afterwards.
+        weight_format: Name of the weight format that was refined by itself, before there was a
+            plan; empty where a plan was refined.
+    """
+
+    method: str
+    layer: str
+    before: float
+    after: float
+    weight_format: str = ""
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How a graph was calibrated, so that a later step can do it again.
+
+    Args:
+        ranges: The rule of activation ranges, a key of `RANGES`, with its options.
+        weight_scales: The rule of weight scales, a key of `WEIGHT_SCALES`, with its options.
+        bias_correction: Whether quantized layers get corrected biases.
+    """
+
+    ranges: RuleChoice
+    weight_scales: RuleChoice
+    bias_correction: bool = True
+
+
+@dataclass(frozen=True)
 class GraphState:
     """Everything fxmpq knows of a graph.
 
@@ -98,7 +134,9 @@ class GraphState:
         groups: In graph order.
         left_float: What stays in float.
         calibrated: Whether every quantizer has its ranges.
+        calibration: How they were found, once they are.
         choices: Precision per group, once a plan is applied.
+        refinements: What was refined, in order.
     """
 
     call_spec: TreeSpec
@@ -109,7 +147,9 @@ class GraphState:
     groups: tuple[Group, ...] = ()
     left_float: tuple[LeftFloat, ...] = ()
     calibrated: bool = False
+    calibration: CalibrationOptions | None = None
     choices: dict[str, str] = field(default_factory=dict)
+    refinements: tuple[Refinement, ...] = ()
 
     def group(self, name: str) -> Group:
         """The group of this name."""

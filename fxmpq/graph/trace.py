@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fxmpq.errors import TraceError
 from fxmpq.graph.batches import Batch, batch_size, call_arguments
+from fxmpq.graph.call_structure import CallStructure
 from fxmpq.graph.export import export_program, quiet_torch
 from fxmpq.graph.legality import check_canonical
 from fxmpq.graph.passes import CANONICAL_PASSES
@@ -133,22 +134,12 @@ def _example(
     return args, kwargs
 
 
-class _CallStructure(_PyTreeCodeGen):
-    """How the graph's call maps to its placeholders; frozen, so copies share it.
-
-    Copying the trees inside would copy leaves, which torch warns about.
-    """
-
-    def __deepcopy__(self, memo: dict[int, object]) -> _CallStructure:
-        return self
-
-
 def _own_copy(exported: fx.GraphModule) -> fx.GraphModule:
     """A plain graph module with tensors of its own, which tolerates `.train()` and `.eval()`."""
     nodes = copy.deepcopy(exported.graph)
     codegen = exported.graph._codegen
     if isinstance(codegen, _PyTreeCodeGen):
-        nodes.set_codegen(_CallStructure(codegen.pytree_info))
+        nodes.set_codegen(CallStructure(codegen.pytree_info))
     graph = fx.GraphModule(exported, nodes, "QuantizableGraph")
     memo: dict[int, Tensor] = {}
     for module in graph.modules():

@@ -30,7 +30,7 @@ def fold_constants(graph: fx.GraphModule) -> int:
     constants = _constants(graph)
     folded: dict[fx.Node, fx.Node] = {}
     wanted: dict[fx.Node, str] = {}
-    values: dict[fx.Node, object] = {}
+    values: dict[fx.Node, fx.node.Argument] = {}
     for node in list(graph.graph.nodes):
         for leaf, source in _computed_operands(node, constants):
             value = _value(graph, source, values)
@@ -75,15 +75,19 @@ def _computed_operands(node: fx.Node, constants: set[fx.Node]) -> Iterator[tuple
             yield leaf, source
 
 
-def _value(graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, object]) -> object:
+def _value(
+    graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, fx.node.Argument]
+) -> fx.node.Argument:
     """Compute a constant, and what it is computed from, once."""
     if node not in values:
         if node.op == "get_attr":
             values[node] = get_tensor(graph, str(node.target)).detach()
         else:
-            args, kwargs = fx.node.map_arg(
-                (node.args, node.kwargs), lambda source: _value(graph, source, values)
-            )
+
+            def read(source: fx.Node) -> fx.node.Argument:
+                return _value(graph, source, values)
+
+            args, kwargs = fx.node.map_arg(node.args, read), fx.node.map_arg(node.kwargs, read)
             assert callable(node.target)
             values[node] = node.target(*args, **kwargs)
     return values[node]
