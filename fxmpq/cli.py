@@ -1,4 +1,4 @@
-"""The command line: `fxmpq run recipes/resnet.yaml`."""
+"""The command line: `fxmpq run recipes/resnet.yaml`, `fxmpq inspect recipes/resnet.yaml`."""
 
 from __future__ import annotations
 
@@ -61,14 +61,41 @@ def run(
     target: Annotated[str | None, typer.Option(help="As onnxruntime or reference.")] = None,
 ) -> None:
     """Run a recipe: quantize, convert and measure a model, and write a report."""
-    # Arrows point from recipes to fxmpq. The command line is the one exception, since `run` is
-    # the recipes' command; it imports them here, so that the library never does.
+    # Arrows point from recipes to fxmpq. The command line is the one exception, since its
+    # commands are the recipes'; it imports them in here, so that the library never does.
     from fxmpq.recipes.reading import open_recipe
     from fxmpq.recipes.run import run_recipe
 
     flags = {"output": output, "budget": budget, "target": target}
     named = [f"{key}={json.dumps(str(value))}" for key, value in flags.items() if value is not None]
     run_recipe(open_recipe(recipe, [*(overrides or []), *named]))
+
+
+@app.command()
+def inspect(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER_OR_RECIPE", help="A folder that fxmpq.save wrote, or a recipe."
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]",
+            help="Values to use in place of the recipe's, as exclude=[classifier].",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="As onnxruntime or reference; a recipe's own without it.")
+    ] = None,
+) -> None:
+    """Show which layers share a precision, what they may take, and what stays in float."""
+    from fxmpq.recipes.inspecting import prepared_graph
+    from fxmpq.report.groups import describe_groups
+
+    tree = describe_groups(prepared_graph(source, overrides or [], target))
+    Console().print(tree, soft_wrap=True, highlight=False)
 
 
 def main() -> None:

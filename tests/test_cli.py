@@ -67,6 +67,8 @@ def test_without_flags_the_recipe_stays_as_it_is(
         (["run", "resnet.yaml", "data.cal=3"], "data.cal: there is no such key"),
         (["run", "resnet.yaml", "--budget", "weights"], "cannot read 'weights'"),
         (["run", "resnet.yaml", "--target", "tpu"], "no target 'tpu'"),
+        (["inspect", "nothing.yaml"], "there is no recipe 'nothing.yaml'"),
+        (["inspect", "."], "is a folder without graph.json"),
     ],
 )
 def test_an_error_is_one_message_and_exit_code_two(
@@ -82,6 +84,18 @@ def test_an_error_is_one_message_and_exit_code_two(
     assert error.startswith("error: ")
     assert words in error
     assert "Traceback" not in error
+
+
+def test_inspect_prints_the_groups(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "inspect", "resnet.yaml", "exclude=[classifier]") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("21 layers in 19 groups for onnxruntime")
+    assert "shortcut.0  conv 32x16x1x1, 100 k MACs  reads the input of conv1" in printed
+    assert "kept in float by the user" in printed
+    assert call(monkeypatch, "inspect", "resnet.yaml", "--target", "reference") == 0
+    assert "groups for reference" in capsys.readouterr().out
 
 
 def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""Saving graphs to a folder and loading them again: data only, nothing that executes code."""
