@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from fxmpq.callbacks.mixed_precision import MixedPrecisionCallback
+from fxmpq.callbacks.quantization_aware_training import QuantizationAwareTraining
 
-__all__ = ["MixedPrecisionCallback"]
+__all__ = ["MixedPrecisionCallback", "QuantizationAwareTraining"]

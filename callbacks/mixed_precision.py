@@ -22,6 +22,7 @@ from fxmpq.callbacks.surgery import find_submodule
 from fxmpq.errors import FxmpqError
 from fxmpq.formats import Precision
 from fxmpq.pipeline import Quantized, quantize
+from fxmpq.refinement.refine import check_refinement
 from fxmpq.sensitivity.measure import reads_labels
 from fxmpq.solver.budget import Budget
 from fxmpq.solver.plan import Plan
@@ -69,10 +70,12 @@ class MixedPrecisionCallback(Callback):
         keep: Layers that must have a precision, as `{"classifier": "w8a8"}`; layer names are
             those within the sub-module.
         exclude: Layers that stay float.
+        refine: A recipe or method of refinement, as `light` or `advanced`, which the plan's graph
+            goes through on the calibration batches; `None` for none.
         report_dir: Where to write `plan.json`; `trainer.log_dir` if `None`.
-        **options: Further options of `fxmpq.quantize`: `bias_correction`, `resume`, and the
-            method's, as `probes=4, seed=1`. With several processes, all but the first add
-            their rank to the name of the journal.
+        **options: Further options of `fxmpq.quantize`: `ranges`, `weight_scales`,
+            `bias_correction`, `resume`, and the method's, as `probes=4, seed=1`. With several
+            processes, all but the first add their rank to the name of the journal.
 
     Raises:
         FxmpqError: A subclass for an unusable target, budget, method, precision, option or
@@ -102,6 +105,7 @@ class MixedPrecisionCallback(Callback):
         program: str | None = None,
         keep: Mapping[str, str | Precision] | None = None,
         exclude: Sequence[str] = (),
+        refine: str | None = None,
         report_dir: str | Path | None = None,
         **options: object,
     ) -> None:
@@ -109,6 +113,8 @@ class MixedPrecisionCallback(Callback):
         self._budget = Budget.parse(budget)
         check_options(method, options)
         check_program(program or program_of(method), method=method)
+        if refine is not None:
+            check_refinement(refine, has_labels=False)
         self._source = CalibrationSource(calibration, calibration_batches)
         self._candidates = None if candidates is None else [Precision.parse(c) for c in candidates]
         self._keep = {pattern: Precision.parse(entry) for pattern, entry in (keep or {}).items()}
@@ -117,6 +123,7 @@ class MixedPrecisionCallback(Callback):
         self._method = method
         self._program = program
         self._exclude = tuple(exclude)
+        self._refine = refine
         self._report_dir = report_dir
         self._options = options
         self._quantized: Quantized | None = None
@@ -236,6 +243,7 @@ class MixedPrecisionCallback(Callback):
             labelled=labelled,
             keep=self._keep,
             exclude=self._exclude,
+            refine=self._refine,
             progress=shows_progress(trainer),
             **options,  # type: ignore[arg-type]  # names checked on construction
         )

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
+from fxmpq.calibration.options import read_ranges, read_weight_scales
 from fxmpq.callbacks.labels import STEPS
 from fxmpq.errors import FxmpqError, closest
+from fxmpq.quantizers.rule import RuleText
 from fxmpq.sensitivity.measure import METHODS, check_method
 from fxmpq.sensitivity.scores import SCORES
 
+_RULES = {"ranges": read_ranges, "weight_scales": read_weight_scales}
+_NOT_OF_THE_METHOD = (*_RULES, "bias_correction", "resume")
+
 
 def check_options(method: str, options: Mapping[str, object]) -> None:
-    """Refuse an unknown method, options that `fxmpq.quantize` would not know, and unknown losses.
+    """Refuse unknown methods, rules and losses, and options that `fxmpq.quantize` does not know.
 
     Args:
         method: Sensitivity method.
@@ -23,10 +29,13 @@ def check_options(method: str, options: Mapping[str, object]) -> None:
     Examples:
         >>> check_options("projected", {"probes": 4, "bias_correction": False})
     """
-    names = [name for name in options if name not in ("bias_correction", "resume")]
+    names = [name for name in options if name not in _NOT_OF_THE_METHOD]
     # The module's own step gives a loss where none is named.
     labels = method in METHODS and METHODS[method].labels
     check_method(method, [*names, "loss"] if labels else names)
+    for name, read in _RULES.items():
+        if name in options:
+            read(cast(RuleText, options[name]))
     for name, known in (("loss", STEPS), ("score", (*SCORES, *STEPS))):
         value = options.get(name)
         if isinstance(value, str) and value not in known:

@@ -16,7 +16,6 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from fxmpq.pipeline import Quantized
 from fxmpq.solver.plan import Plan
-from fxmpq.steps import apply
 
 _SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
@@ -40,13 +39,13 @@ def check_strategy(strategy: Strategy, stage: str) -> None:
     if isinstance(strategy, _SHARDED):
         raise MisconfigurationException(
             f"{name} gives each process only a part of every weight, which cannot be quantized; "
-            "run MixedPrecisionCallback on one device or with strategy='ddp'"
+            "run the callback on one device or with strategy='ddp'"
         )
     if stage == "fit" and isinstance(strategy.launcher, _MultiProcessingLauncher):
         raise MisconfigurationException(
             f"{name} trains in processes that end with the training, and the quantized network "
-            "would end with them; use strategy='ddp', or train without MixedPrecisionCallback "
-            "and run trainer.validate with it afterwards"
+            "would end with them; use strategy='ddp', or train without the callback and run "
+            "trainer.validate with MixedPrecisionCallback afterwards"
         )
 
 
@@ -63,4 +62,4 @@ def share_plan(trainer: Trainer, quantized: Quantized) -> Quantized:
     plan = Plan.from_json(trainer.strategy.broadcast(quantized.plan.to_json()))
     if plan == quantized.plan:
         return quantized
-    return replace(quantized, plan=plan, graph=apply(quantized.calibrated, plan))
+    return replace(quantized, plan=plan, graph=quantized.simulate(plan))

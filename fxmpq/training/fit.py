@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, fx
 
 from fxmpq.errors import FxmpqError
 from fxmpq.graph.batches import graph_device
+from fxmpq.quantizers.learned import LearnedQuantizer
+from fxmpq.quantizers.planned import PlannedQuantizer
 from fxmpq.training.loss import LossFunction, check_loss, loss_value, on_device
 from fxmpq.training.trainable import clamp_steps
 
@@ -38,19 +41,21 @@ def fit(
     epochs: int,
     learning_rate: float,
     weight_decay: float = 2.5e-5,
+    adaptive: bool = False,
+    step_rate: float | None = None,
     passes: Passes | None = None,
     seed: int = 0,
     shown: bool = False,
 ) -> None:
     """Train the weights and steps of a trainable graph in place, on the graph's device.
 
-    Stochastic gradient descent with momentum 0.9, its learning rate falling to 0 along a cosine,
-    one optimizer step a batch; the batches come in a new order each epoch. Gradients are clipped
-    by value to [-1, 1], a parameter whose gradient is exactly zero is left alone (no momentum,
-    no weight decay), and learned steps are kept within their bounds. The `Trainer` logs nothing
-    and writes no files. Random numbers that the loss draws from torch are seeded too, and the
-    global generators are put back, whatever happens. On a CPU the same seed gives the same bits;
-    on a GPU as far as its kernels do.
+    Stochastic gradient descent with momentum 0.9, or Adam, its learning rate falling to 0 along a
+    cosine, one optimizer step a batch; the batches come in a new order each epoch. Gradients are
+    clipped by value to [-1, 1], a parameter whose gradient is exactly zero is left alone (no
+    momentum, no weight decay), and learned steps are kept within their bounds. The `Trainer` logs
+    nothing and writes no files. Random numbers that the loss draws from torch are seeded too, and
+    the global generators are put back, whatever happens. On a CPU the same seed gives the same
+    bits; on a GPU as far as its kernels do.
 
     Cost: `epochs * len(batches) * passes` forward and backward passes.
 
@@ -61,6 +66,8 @@ def fit(
         epochs: How often the batches are gone through; at least 1.
         learning_rate: Where the cosine begins; positive.
         weight_decay: Of every parameter.
+        adaptive: Whether Adam takes the steps.
+        step_rate: Where the cosine of the quantizers' parameters begins; `learning_rate` if `None`.
         passes: Each batch is run once per item that `passes()` yields, with the graph as it then
             is, and the gradients add up; once if `None`.
         seed: Of the order and of what the loss draws.
@@ -73,7 +80,10 @@ def fit(
     check_training(batches, loss=loss, epochs=epochs, learning_rate=learning_rate)
     device = graph_device(graph)
     with torch.inference_mode(False), torch.enable_grad(), _seeded(seed), _quiet():
-        module = _learning(graph, loss, learning_rate, weight_decay, passes)
+        kind = torch.optim.Adam if adaptive else partial(torch.optim.SGD, momentum=_MOMENTUM)
+        rates = (learning_rate, learning_rate if step_rate is None else step_rate)
+        optimizer = kind(_parameter_groups(graph, *rates), weight_decay=weight_decay)
+        module = _learning(graph, loss, optimizer, passes)
         try:
             _run(_trainer(device, epochs, shown), module, _Shuffled(batches, seed))
         finally:
@@ -143,8 +153,7 @@ class _Shuffled:
 def _learning(
     graph: fx.GraphModule,
     loss: LossFunction,
-    learning_rate: float,
-    weight_decay: float,
+    optimizer: torch.optim.Optimizer,
     passes: Passes | None,
 ) -> LightningModule:
     """Wrap a graph for the `Trainer`; optimization is manual, as several passes make a step."""
@@ -158,19 +167,19 @@ def _learning(
 
         def training_step(self, batch: object) -> None:
             """Add up the gradients of the passes and take one step."""
-            optimizer, schedule = self.optimizers(), self.lr_schedulers()
-            assert isinstance(optimizer, torch.optim.Optimizer)
+            wrapped, schedule = self.optimizers(), self.lr_schedulers()
+            assert isinstance(wrapped, torch.optim.Optimizer)
             assert isinstance(schedule, torch.optim.lr_scheduler.CosineAnnealingLR)
-            optimizer.zero_grad(set_to_none=True)
+            wrapped.zero_grad(set_to_none=True)
             for _ in [None] if passes is None else passes():
                 found = finite_loss(loss, graph, batch)
                 _check_gradient(found)
                 self.manual_backward(found)
-            self.clip_gradients(optimizer, _LARGEST_GRADIENT, "value")
+            self.clip_gradients(wrapped, _LARGEST_GRADIENT, "value")
             for parameter in graph.parameters():
                 if parameter.grad is not None and not parameter.grad.any():
                     parameter.grad = None
-            optimizer.step()
+            wrapped.step()
             schedule.step()
             clamp_steps(graph)
 
@@ -179,16 +188,32 @@ def _learning(
             return batch
 
         def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-            """SGD under a cosine that ends with the last batch."""
-            parameters = [entry for entry in graph.parameters() if entry.requires_grad]
-            optimizer = torch.optim.SGD(
-                parameters, lr=learning_rate, momentum=_MOMENTUM, weight_decay=weight_decay
-            )
+            """The optimizer, under a cosine that ends with the last batch."""
             steps = int(self.trainer.estimated_stepping_batches)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
             return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     return Learning()
+
+
+def _parameter_groups(
+    graph: fx.GraphModule, learning_rate: float, step_rate: float
+) -> list[dict[str, object]]:
+    """All trained parameters, those of quantizers with a learning rate of their own."""
+    kinds = (LearnedQuantizer, PlannedQuantizer)
+    steps = {
+        id(parameter)
+        for module in graph.modules()
+        if isinstance(module, kinds)
+        for parameter in module.parameters()
+    }
+    trained = [parameter for parameter in graph.parameters() if parameter.requires_grad]
+    if step_rate == learning_rate:
+        return [{"params": trained, "lr": learning_rate}]
+    return [
+        {"params": [entry for entry in trained if id(entry) not in steps], "lr": learning_rate},
+        {"params": [entry for entry in trained if id(entry) in steps], "lr": step_rate},
+    ]
 
 
 def _trainer(device: torch.device, epochs: int, shown: bool) -> Trainer:

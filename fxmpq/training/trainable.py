@@ -8,12 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx, nn
 
+from fxmpq.errors import PrecisionError
 from fxmpq.formats import NumberFormat, Precision
+from fxmpq.granularity import PerBlock
 from fxmpq.graph.attributes import get_tensor, set_tensor
 from fxmpq.graph.batches import graph_device
 from fxmpq.graph.state import Group, Layer, copy_graph, require, with_state
 from fxmpq.quantizers.learned import LearnedQuantizer, activation_step, weight_step
 from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
+from fxmpq.quantizers.planned import PlannedQuantizer
 from fxmpq.training.loss import check_was_run
 
 
@@ -39,6 +42,8 @@ def trainable(graph: fx.GraphModule) -> fx.GraphModule:
 
     Raises:
         FxmpqError: If the graph is not calibrated.
+        PrecisionError: If a candidate has no single step per tensor: a float format, or weights
+            in blocks.
 
     Examples:
         >>> from fxmpq.calibration.calibrate import calibrate
@@ -52,9 +57,10 @@ def trainable(graph: fx.GraphModule) -> fx.GraphModule:
         'weight']
     """
     state = require(graph, stage="calibrated")
+    _check_formats(state.groups)
     with torch.inference_mode(False):
         copied = copy_graph(graph)
-        _own_parameters(copied)
+        own_parameters(copied)
         for group in state.groups:
             for name in group.activation_quantizers:
                 quantizer = copied.get_submodule(name)
@@ -64,6 +70,19 @@ def trainable(graph: fx.GraphModule) -> fx.GraphModule:
                 _make_weight_learn(copied, layer)
         copied.to(graph_device(graph))
     return with_state(copied, replace(state, choices={}))
+
+
+def _check_formats(groups: Sequence[Group]) -> None:
+    for group in groups:
+        for candidate in group.candidates:
+            found = [entry for entry in (candidate.weight, candidate.activation) if entry]
+            if any(not e.is_integer or isinstance(e.granularity, PerBlock) for e in found):
+                raise PrecisionError(
+                    f"cannot learn the steps of candidate {candidate} of group {group.name!r}: "
+                    "training learns one step per tensor, which formats of floats and of blocks "
+                    "do not have; prepare with integer formats per channel or per tensor, such as "
+                    "'w4a8' and 'w4ta8'"
+                )
 
 
 def activate(graph: fx.GraphModule, group: Group, precision: Precision) -> None:
@@ -148,13 +167,21 @@ def tensor_powers(graph: fx.GraphModule, run: Callable[[], object]) -> dict[str,
 
 
 def clamp_steps(graph: fx.GraphModule) -> None:
-    """Bring every step of a trainable graph back within its bounds."""
-    for quantizer in learned_quantizers(graph).values():
-        quantizer.clamp_steps()
+    """Bring every step of a trainable graph back within its bounds.
+
+    Args:
+        graph: From `trainable` or `trainable_plan`; changed in place.
+    """
+    for module in graph.modules():
+        if isinstance(module, (LearnedQuantizer, PlannedQuantizer)):
+            module.clamp_steps()
 
 
-def _own_parameters(graph: fx.GraphModule) -> None:
-    """Replace the parameters, shared by `copy_graph`, by clones; each has one name in a graph."""
+def own_parameters(graph: fx.GraphModule) -> None:
+    """Replace the parameters, shared by `copy_graph`, by clones that require gradients, in place.
+
+    Each has one name in a graph. Those that are no floating-point tensors get no gradients.
+    """
     for name, parameter in list(graph.named_parameters()):
         clone = parameter.detach().clone()
         set_tensor(graph, name, nn.Parameter(clone, clone.is_floating_point()))

@@ -154,13 +154,34 @@ def test_options_pins_and_exclusions_reach_quantize(
     low_bits: LowBits, make_trainer: MakeTrainer, classifier: Any, blobs: Any
 ) -> None:
     losses = set()
-    for options in ({}, {"seed": 1}, {"probes": 3}, {"bias_correction": False}):
+    for options in ({}, {"seed": 1}, {"probes": 3}, {"bias_correction": False}, {"ranges": "kl"}):
         callback = low_bits(budget="bops=90%", keep={"3": "w2a4"}, exclude=["7"], **options)
         module = copy.deepcopy(classifier)
         make_trainer(callbacks=[callback]).validate(module, blobs, verbose=False)
         assert callback.plan.layers == {"0": "w4a8", "3": "w2a4", "7": "fp32"}
         losses.add(callback.plan.loss)
-    assert len(losses) == 4
+    assert len(losses) == 5
+
+
+@pytest.mark.parametrize("run", ["validate", "fit"])
+def test_the_network_is_refined(
+    coarse_refinement: list[str],
+    low_bits: LowBits,
+    make_trainer: MakeTrainer,
+    classifier: Any,
+    blobs: Any,
+    run: str,
+) -> None:
+    callback = low_bits(refine="coarse")
+    trainer = make_trainer(callbacks=[callback], max_epochs=1)
+    getattr(trainer, run)(classifier, blobs)
+    assert coarse_refinement == ["0", "3", "7"]
+    assert [found.layer for found in state_of(callback.graph_module).refinements] == ["0", "3", "7"]
+    assert classifier.model is callback.graph_module
+    assert "refine" in callback.quantized.seconds
+    converted = fxmpq.convert(callback.graph_module)
+    batch = blobs.images[:5]
+    assert torch.equal(converted.run(batch)[0], callback.graph_module(batch))
 
 
 def test_a_network_made_in_setup_is_found(
@@ -247,6 +268,7 @@ def test_a_plan_that_cannot_be_written_leaves_the_module_as_it_was(
         ({"probe": 3}, FxmpqError, "no option 'probe'.*'probes'"),
         ({"method": "sqnr", "seed": 3}, FxmpqError, "no option 'seed' with the method 'sqnr'"),
         ({"calibration_batches": 0}, CalibrationError, "at least 1; found 0"),
+        ({"refine": "coars"}, FxmpqError, "no refinement 'coars'"),
     ],
 )
 def test_unusable_arguments_are_refused_at_once(

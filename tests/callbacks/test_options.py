@@ -49,6 +49,21 @@ def test_an_unknown_step_is_refused(method: str, options: dict[str, str], messag
     check_options("finetune", {"loss": lambda model, batch: model(batch).mean()})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranges": "minmx"}, "no rule 'minmx' for ranges; there are 'minmax'"),
+        ({"ranges": {"rule": "mse", "p": 0}}, "mse's p must be a number greater than 0"),
+        ({"weight_scales": "kl"}, "no rule 'kl' for weight_scales"),
+    ],
+)
+def test_an_unknown_rule_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(FxmpqError, match=message):
+        check_options("projected", options)
+    check_options("projected", {"ranges": {"rule": "percentile", "percentile": 99.9}})
+    check_options("sqnr", {"ranges": "kl", "weight_scales": "minmax", "score": "kl"})
+
+
 def test_each_process_has_a_journal_of_its_own() -> None:
     """The first has the one that was named; nothing else changes."""
     options = {"resume": Path("sweep.journal"), "probes": 2}

@@ -79,6 +79,23 @@ def test_another_process_plan_replaces_the_own(make_trainer: Callable[..., Train
     assert not torch.equal(found.graph(batches[0]), expected)
 
 
+def test_another_process_plan_is_refined_as_the_own_was(
+    make_trainer: Callable[..., Trainer], coarse_refinement: list[str]
+) -> None:
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(8, 8)), [torch.randn(16, 8)]
+    request = {"target": "reference", "budget": "weights=60%", "progress": False}
+    found = fxmpq.quantize(model, batches, **request, refine="coarse")
+    other = replace(found.plan, choices=dict.fromkeys(found.plan.choices, "w2a8"))
+    trainer = make_trainer()
+    trainer.strategy.broadcast = lambda text, src=0: other.to_json()
+    shared = share_plan(trainer, found)
+    assert coarse_refinement == ["0", "0"]
+    assert torch.equal(shared.graph(batches[0]), found.simulate(other.choices)(batches[0]))
+    plain = fxmpq.apply(found.calibrated, other.choices)(batches[0])
+    assert not torch.equal(shared.graph(batches[0]), plain)
+
+
 def test_two_processes_find_the_plan_of_one(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()

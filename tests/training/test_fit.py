@@ -101,6 +101,24 @@ def test_the_steps_are_those_of_a_plain_loop(graph: fx.GraphModule, batches: lis
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
 
 
+def test_adam_takes_the_steps_with_a_learning_rate_of_their_own(
+    graph: fx.GraphModule, batches: list[Pair]
+) -> None:
+    options = {"learning_rate": 1e-3, "step_rate": 1e-2, "adaptive": True, "weight_decay": 0.0}
+    found = trained(graph, batches[:1], loss=classification_loss, epochs=1, **options)
+    copied = lowered(graph)
+    classification_loss(copied, batches[0]).backward()
+    steps = {id(p) for q in learned_quantizers(copied).values() for p in q.parameters()}
+    for one, begun in zip(found, copied.parameters(), strict=True):
+        # The first step of Adam is of the learning rate's size, against the gradient's sign.
+        rate = 1e-2 if id(begun) in steps else 1e-3
+        moved = begun.grad.abs() > 1e-4
+        expected = begun.detach() - rate * begun.grad.sign()
+        if not (id(begun) in steps and float(expected.detach().min()) <= 1e-5):
+            assert torch.allclose(one[moved], expected[moved], rtol=1e-3, atol=1e-6)
+        assert torch.equal(one[begun.grad == 0], begun.detach()[begun.grad == 0])
+
+
 def test_the_gradients_of_all_passes_add_up(graph: fx.GraphModule, batches: list[Pair]) -> None:
     copied = trainable(graph)
     group = require(copied, stage="calibrated").groups[0]

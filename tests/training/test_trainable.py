@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from fxmpq.errors import FxmpqError
+from fxmpq.errors import FxmpqError, PrecisionError
 from fxmpq.formats import NumberFormat, Precision, Scheme
 from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.batches import call_arguments
@@ -266,6 +266,29 @@ def test_it_can_be_made_inside_inference_mode(
 def test_a_graph_that_is_not_calibrated_is_an_error(conv_graph: fx.GraphModule) -> None:
     with pytest.raises(FxmpqError, match="fxmpq.prepare"):
         trainable(conv_graph)
+
+
+@pytest.mark.parametrize("name", ["w4b4a8", "we4m3a8", "w8ae4m3", "we2m1"])
+def test_formats_without_a_single_step_are_refused(
+    calibrated: Planned, conv_graph: fx.GraphModule, images: list[Tensor], name: str
+) -> None:
+    candidates = [Precision.parse(found) for found in ("w4a8", name)]
+    graph = calibrated(conv_graph, images, candidates=candidates)
+    with pytest.raises(PrecisionError, match=f"candidate {name} of group 'stem.0'.*'w4ta8'"):
+        trainable(graph)
+
+
+def test_one_scale_per_tensor_trains(
+    calibrated: Planned, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> None:
+    copied = trainable(calibrated(conv_graph, images, candidates=[Precision.parse("w4ta8")]))
+    assert_same(copied, conv_graph, images[0])
+    for group in require(copied, stage="calibrated").groups:
+        activate(copied, group, Precision.parse("w4ta8"))
+    copied(images[0]).sum().backward()
+    step = copied.get_parameter("quantizers.weight_fc_weight.steps.int4t")
+    assert step.grad is not None
+    assert float(step.grad) != 0
 
 
 def test_steps_cannot_begin_without_a_run(tied: fx.GraphModule) -> None:

@@ -1,0 +1,395 @@
+from __future__ import annotations
+
+import copy
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, fx, nn
+
+import fxmpq
+from fxmpq.callbacks import QuantizationAwareTraining
+from fxmpq.errors import FxmpqError
+from fxmpq.graph.state import state_of
+from fxmpq.quantizers.planned import PlannedQuantizer
+from fxmpq.training.distillation import divergence
+from fxmpq.training.planned import trainable_plan
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec.*is deprecated",  # Lightning 2.6 and torch 2.13
+    "ignore:The '.*_dataloader' does not have many workers",
+    "ignore:The number of training batches",
+    "ignore:Checkpoint directory .* exists and is not empty",
+    "ignore:Be aware that when using `ckpt_path`",
+)
+MakeTrainer = Callable[..., Trainer]
+SCRIPT = Path(__file__).with_name("two_ranks_training.py")
+
+
+class KilledError(Exception):
+    """Stands for what ends a run before its time."""
+
+
+class StopsAfter(Callback):
+    """Raises when a number of epochs is over, after the checkpoint is written."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == self.epochs:
+            raise KilledError
+
+
+@pytest.fixture
+def graph(classifier: Any, blobs: Any) -> fx.GraphModule:
+    """Calibrated on what the classifier's network receives."""
+    classifier.eval()
+    with torch.no_grad():
+        batches = [classifier.norm(images) for images, _ in blobs.val_dataloader()]
+    traced = fxmpq.prepare(
+        fxmpq.trace(classifier.model, batches[0]), "reference", candidates=["w2a8", "w4a8"]
+    )
+    classifier.train()
+    return fxmpq.calibrate(traced, batches, progress=False)
+
+
+@pytest.fixture
+def plan(graph: fx.GraphModule) -> dict[str, str]:
+    names = [group.name for group in state_of(graph).groups]
+    return {name: ("w4a8", "w2a8")[index % 2] for index, name in enumerate(names)}
+
+
+def fit(
+    make_trainer: MakeTrainer, module: Any, data: Any, *callbacks: Callback, **more: Any
+) -> Any:
+    torch.manual_seed(1)
+    ckpt_path = more.pop("ckpt_path", None)
+    trainer = make_trainer(**{"max_epochs": 2, **more}, callbacks=list(callbacks))
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return trainer
+
+
+def _adam(module: Any) -> torch.optim.Optimizer:
+    """Of the network alone, whatever it is by then."""
+    return torch.optim.Adam(module.model.parameters(), 1e-3)
+
+
+def outputs(network: nn.Module, data: Any) -> Tensor:
+    with torch.no_grad():
+        return network(data.images[:32])
+
+
+def test_the_modules_own_step_and_optimizer_train_the_planned_graph(
+    make_trainer: MakeTrainer, classifier: Any, blobs: Any, graph: Any, plan: Any
+) -> None:
+    """The reference trains the trainable graph without the callback, step by step."""
+    twin, network = copy.deepcopy(classifier), classifier.model
+    twin.model = trainable_plan(fxmpq.apply(graph, plan)).train()
+    fit(make_trainer, twin, blobs)
+    callback = QuantizationAwareTraining(graph, plan)
+    fit(make_trainer, classifier, blobs, callback)
+
+    assert classifier.model is callback.graph_module
+    assert callback.float_module is network
+    assert torch.equal(outputs(classifier.model, blobs), outputs(twin.model, blobs))
+    assert not torch.equal(
+        outputs(classifier.model, blobs), outputs(fxmpq.apply(graph, plan), blobs)
+    )
+    assert state_of(callback.graph_module).choices == plan
+    assert not any(isinstance(each, PlannedQuantizer) for each in classifier.modules())
+
+
+def test_training_lowers_the_loss_and_the_result_converts(
+    make_trainer: MakeTrainer, classifier: Any, blobs: Any, graph: Any, plan: Any, by_hand: Any
+) -> None:
+    planned = fxmpq.apply(graph, plan)
+    before = by_hand(classifier, planned, blobs.val_dataloader())
+    callback = QuantizationAwareTraining(planned)
+    classifier.train()
+    fit(make_trainer, classifier, blobs, callback, max_epochs=6)
+    after = by_hand(classifier, callback.graph_module, blobs.val_dataloader())
+    assert after["loss"] < 0.9 * before["loss"]
+    [found] = fxmpq.convert(callback.graph_module).run(blobs.images[:8])
+    assert torch.equal(found, callback.graph_module(blobs.images[:8]))
+    (seen,) = make_trainer(callbacks=[callback]).validate(classifier, blobs, verbose=False)
+    assert seen == pytest.approx(after, rel=1e-5)
+
+
+def test_the_graph_and_the_float_network_stay_as_they_were(
+    make_trainer: MakeTrainer, classifier: Any, blobs: Any, graph: Any, plan: Any
+) -> None:
+    network = classifier.model
+    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    inside = {name: tensor.clone() for name, tensor in graph.state_dict().items()}
+    fit(make_trainer, classifier, blobs, QuantizationAwareTraining(graph, plan, distillation=0.5))
+    for kept, now in ((weights, network.state_dict()), (inside, graph.state_dict())):
+        assert all(torch.equal(tensor, now[name]) for name, tensor in kept.items())
+
+
+def test_steps_are_clamped_after_each_batch(
+    make_trainer: MakeTrainer, classifier: Any, blobs: Any, graph: Any, plan: Any
+) -> None:
+    class Watches(Callback):
+        smallest = 1.0
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            ratios = [m.ratio for m in pl_module.modules() if isinstance(m, PlannedQuantizer)]
+            self.smallest = min(self.smallest, *(float(ratio.detach().min()) for ratio in ratios))
+            with torch.no_grad():
+                for ratio in ratios:
+                    ratio.fill_(-1.0)
+
+    watches = Watches()
+    classifier.configure_optimizers = lambda: torch.optim.SGD(classifier.parameters(), 0.0)
+    fit(make_trainer, classifier, blobs, QuantizationAwareTraining(graph, plan), watches)
+    assert watches.smallest == pytest.approx(1e-3)
+
+
+def test_distillation_holds_it_to_the_float_model_without_reading_labels(
+    make_trainer: MakeTrainer, classifier: Any, blobs: Any, graph: Any, plan: Any
+) -> None:
+    with torch.no_grad():
+        inputs = copy.deepcopy(classifier.norm).train()(blobs.images[: blobs.samples])
+    results = []
+    for shift in (0, 1):
+        module, data = copy.deepcopy(classifier), copy.deepcopy(blobs)
+        data.labels = (data.labels + shift) % 4
+        module.configure_optimizers = partial(_adam, module)
+        callback = QuantizationAwareTraining(graph, plan, distillation=1)
+        fit(make_trainer, module, data, callback)
+        results.append(callback.graph_module)
+    assert torch.equal(*(outputs(found, blobs) for found in results))
+    with torch.no_grad():
+        before, after = (
+            float(divergence(graph(inputs), network(inputs)))
+            for network in (fxmpq.apply(graph, plan), results[0])
+        )
+    assert after < 0.7 * before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_training_step_is_the_modules_own_afterwards(
+    make_trainer: MakeTrainer, classifier: Any, blobs: Any, graph: Any, plan: Any, fails: bool
+) -> None:
+    callback = QuantizationAwareTraining(graph, plan, distillation=0.5)
+    if fails:
+        with pytest.raises(KilledError):
+            fit(make_trainer, classifier, blobs, callback, StopsAfter(1))
+    else:
+        fit(make_trainer, classifier, blobs, callback)
+    assert "training_step" not in vars(classifier)
+    assert not classifier.model._forward_hooks
+    if fails:
+        with pytest.raises(FxmpqError, match="nothing is trained yet"):
+            _ = callback.graph_module
+
+
+@pytest.mark.parametrize("distillation", [0.0, 0.5])
+@pytest.mark.parametrize("anew", [False, True], ids=["same objects", "new process"])
+def test_an_interrupted_training_that_is_resumed_ends_with_the_same_bits(
+    make_trainer: MakeTrainer,
+    classifier: Any,
+    blobs: Any,
+    graph: Any,
+    plan: Any,
+    tmp_path: Path,
+    distillation: float,
+    anew: bool,
+) -> None:
+    def make() -> QuantizationAwareTraining:
+        return QuantizationAwareTraining(graph, plan, distillation=distillation)
+
+    class Ordered(type(blobs)):  # the order of a shuffling loader is not part of a checkpoint
+        def train_dataloader(self) -> Any:
+            return self._loader(slice(None, self.samples), shuffle=False)
+
+    data, twin, fresh = Ordered(), copy.deepcopy(classifier), copy.deepcopy(classifier)
+    whole = make()
+    fit(make_trainer, twin, data, whole, max_epochs=3)
+
+    def saver() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / "kept", save_last=True)
+
+    first = make()
+    more = {"max_epochs": 3, "enable_checkpointing": True}
+    with pytest.raises(KilledError):
+        fit(make_trainer, classifier, data, first, saver(), StopsAfter(2), **more)
+    second, module = (make(), fresh) if anew else (first, classifier)
+    more["ckpt_path"] = tmp_path / "kept" / "last.ckpt"
+    fit(make_trainer, module, data, second, saver(), **more)
+    assert torch.equal(outputs(second.graph_module, data), outputs(whole.graph_module, data))
+    found, expected = second.graph_module.state_dict(), whole.graph_module.state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_checkpoints_of_and_after_training_are_tested_frozen(
+    make_trainer: MakeTrainer,
+    classifier: Any,
+    blobs: Any,
+    graph: Any,
+    plan: Any,
+    by_hand: Any,
+    tmp_path: Path,
+) -> None:
+    fresh = copy.deepcopy(classifier)
+    callback = QuantizationAwareTraining(graph, plan)
+    saver = ModelCheckpoint(tmp_path / "kept", monitor="loss", mode="max")
+    trainer = fit(
+        make_trainer, classifier, blobs, callback, saver, enable_checkpointing=True, max_epochs=3
+    )
+    trained = callback.graph_module
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    # The checkpoint with the largest loss is that of an earlier epoch.
+    (found,) = trainer.test(classifier, datamodule=blobs, ckpt_path="best", verbose=False)
+    assert classifier.model is callback.graph_module is not trained
+    expected = by_hand(classifier, callback.graph_module, blobs.test_dataloader())
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert not torch.equal(outputs(callback.graph_module, blobs), outputs(trained, blobs))
+
+    other = QuantizationAwareTraining(graph, plan)
+    after = tmp_path / "after.ckpt"
+    make_trainer(callbacks=[other]).test(fresh, blobs, ckpt_path=after, verbose=False)
+    assert fresh.model is other.graph_module
+    assert torch.equal(outputs(fresh.model, blobs), outputs(trained, blobs))
+    assert not any(tensor.is_inference() for tensor in fresh.model.parameters())
+
+
+def test_a_further_fit_goes_on_from_the_frozen_graph(
+    make_trainer: MakeTrainer, classifier: Any, blobs: Any, graph: Any, plan: Any
+) -> None:
+    callback, network = QuantizationAwareTraining(graph, plan), classifier.model
+    fit(make_trainer, classifier, blobs, callback)
+    first = outputs(callback.graph_module, blobs)
+    classifier.configure_optimizers = lambda: torch.optim.SGD(classifier.parameters(), 0.0)
+    fit(make_trainer, classifier, blobs, callback)
+    assert callback.float_module is network
+    torch.testing.assert_close(outputs(callback.graph_module, blobs), first)
+
+
+def test_a_finished_training_goes_on_from_its_checkpoint(
+    make_trainer: MakeTrainer, classifier: Any, blobs: Any, graph: Any, plan: Any, tmp_path: Path
+) -> None:
+    """With more epochs than before, in the same module or in another."""
+    fresh, callback = copy.deepcopy(classifier), QuantizationAwareTraining(graph, plan)
+    trainer = fit(make_trainer, classifier, blobs, callback)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    results = []
+    for module, each in ((classifier, callback), (fresh, QuantizationAwareTraining(graph, plan))):
+        fit(make_trainer, module, blobs, each, max_epochs=3, ckpt_path=tmp_path / "two.ckpt")
+        results.append(outputs(each.graph_module, blobs))
+    assert torch.equal(*results)
+
+
+def test_a_graph_that_another_callback_left_is_trained(
+    make_trainer: MakeTrainer, classifier: Any, blobs: Any, low_bits: Any
+) -> None:
+    quantizing = low_bits()
+    make_trainer(callbacks=[quantizing]).validate(classifier, blobs, verbose=False)
+    assert classifier.model is quantizing.graph_module
+    callback = QuantizationAwareTraining(quantizing.graph_module)
+    fit(make_trainer, classifier, blobs, callback)
+    assert callback.float_module is quantizing.graph_module
+    assert classifier.model is callback.graph_module
+    assert state_of(classifier.model).choices == quantizing.plan.choices
+
+
+def test_evaluation_without_a_checkpoint_is_left_alone(
+    make_trainer: MakeTrainer, classifier: Any, blobs: Any, graph: Any, plan: Any
+) -> None:
+    network = classifier.model
+    callback = QuantizationAwareTraining(graph, plan)
+    make_trainer(callbacks=[callback]).validate(classifier, blobs, verbose=False)
+    assert classifier.model is network
+    (first,) = make_trainer().test(classifier, blobs, verbose=False)
+    fit(make_trainer, classifier, blobs, callback)
+    trained = callback.graph_module
+    (second,) = make_trainer(callbacks=[callback]).test(classifier, blobs, verbose=False)
+    assert classifier.model is trained is callback.graph_module
+    assert second != first
+
+
+def test_what_cannot_be_restored_leaves_the_module_as_it_was(
+    make_trainer: MakeTrainer, classifier: Any, blobs: Any, graph: Any, plan: Any, tmp_path: Path
+) -> None:
+    network, callback = classifier.model, QuantizationAwareTraining(graph, plan)
+    with pytest.raises(FxmpqError, match="nothing is replaced yet"):
+        _ = callback.float_module
+    trainer = make_trainer()
+    trainer.validate(classifier, blobs, verbose=False)
+    trainer.save_checkpoint(tmp_path / "float.ckpt")
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\)"):
+        make_trainer(callbacks=[callback]).test(
+            classifier, blobs, ckpt_path=tmp_path / "float.ckpt", verbose=False
+        )
+    assert classifier.model is network
+
+
+@pytest.mark.parametrize("distillation", [-1, 1.5, "all"])
+def test_a_share_that_is_none_is_refused_at_once(graph: Any, plan: Any, distillation: Any) -> None:
+    with pytest.raises(FxmpqError, match="number from 0"):
+        QuantizationAwareTraining(graph, plan, distillation=distillation)
+
+
+def test_a_graph_without_a_plan_is_refused_at_once(graph: Any, classifier: Any) -> None:
+    with pytest.raises(FxmpqError, match="no plan to train"):
+        QuantizationAwareTraining(graph)
+    with pytest.raises(FxmpqError, match="no plan for|no precision for|no group"):
+        QuantizationAwareTraining(graph, {"nonsense": "w2a8"})
+    with pytest.raises(FxmpqError, match="expected a graph"):
+        QuantizationAwareTraining(classifier.model)
+
+
+def test_unusable_modules_are_refused_in_setup(
+    make_trainer: MakeTrainer, classifier: Any, blobs: Any, graph: Any, plan: Any
+) -> None:
+    def refused(message: str, **options: Any) -> None:
+        network = classifier.model
+        callback = QuantizationAwareTraining(graph, plan, **options)
+        with pytest.raises(MisconfigurationException, match=message):
+            fit(make_trainer, classifier, blobs, callback)
+        assert classifier.model is network
+
+    refused("no sub-module 'modle'.*closest: 'model'", attribute="modle")
+    refused("no sub-module ''", attribute="")
+    refused("traced from another network", attribute="norm")
+    classifier.automatic_optimization = False
+    refused("optimizes by hand", distillation=0.5)
+    classifier.automatic_optimization = True
+    classifier.model = nn.Sequential(nn.Conv2d(1, 9, 3), *[nn.Identity()] * 5, nn.Flatten())
+    refused(r"its weight '0.weight' has shape \[8, 1, 3, 3\], there it has \[9, 1, 3, 3\]")
+
+
+def test_two_processes_end_with_the_same_graph_and_with_that_of_one(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    process = subprocess.run(
+        [sys.executable, str(SCRIPT), str(two)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    runpy.run_path(str(SCRIPT))["run"](one, 1)
+    single = json.loads((one / "rank0.json").read_text())
+    first, second = (json.loads((two / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first["trained"] == second["trained"]
+    trained, begun = (torch.tensor(first[name]) for name in ("trained", "begun"))
+    # The same batches of eight, but their gradients are added up in another order.
+    torch.testing.assert_close(trained, torch.tensor(single["trained"]), rtol=0, atol=1e-5)
+    assert float((trained - begun).abs().max()) > 0.1

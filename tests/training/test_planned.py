@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import fxmpq
+from fxmpq.errors import FxmpqError
+from fxmpq.formats import Precision
+from fxmpq.graph.attributes import get_tensor
+from fxmpq.graph.state import require
+from fxmpq.graph.switch import with_choices
+from fxmpq.graph.trace import trace
+from fxmpq.quantizers.modules import BiasCorrection, WeightQuantizer
+from fxmpq.quantizers.planned import PlannedQuantizer
+from fxmpq.training.planned import LearnedShift, check_planned, float_copy, trainable_plan
+from fxmpq.training.trainable import clamp_steps
+
+Planned = Callable[..., fx.GraphModule]
+
+
+PRECISIONS = [Precision(2, 8), Precision(4, 4), Precision(8), Precision()]
+
+
+def mixed(graph: fx.GraphModule) -> fx.GraphModule:
+    """Groups at their candidates in turn, float among them."""
+    groups = require(graph, stage="calibrated").groups
+    return with_choices(
+        graph,
+        {
+            group.name: str(group.candidates[index % len(group.candidates)])
+            for index, group in enumerate(groups)
+        },
+    )
+
+
+class Shared(nn.Module):
+    """A layer that is called twice, one without a bias, and a tied embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.mix = nn.Linear(6, 6)
+        self.out = nn.Linear(6, 7, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = nn.functional.gelu(self.mix(self.embed(ids).relu()))
+        return self.out(self.mix(hidden))
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return torch.arange(28).reshape(4, 7) % 7
+
+
+@pytest.fixture(scope="module")
+def shared(calibrated: Planned, uniform: Planned, ids: Tensor) -> fx.GraphModule:
+    torch.manual_seed(0)
+    return uniform(calibrated(trace(Shared(), ids), [ids]))
+
+
+@pytest.mark.parametrize("target", ["reference", "onnxruntime"])
+def test_it_begins_with_what_the_plan_computes(
+    calibrated: Planned, conv_graph: fx.GraphModule, images: list[Tensor], target: str
+) -> None:
+    candidates = PRECISIONS if target == "reference" else None
+    planned = mixed(calibrated(conv_graph, images, target, candidates=candidates))
+    learning = trainable_plan(planned).train()
+    for batch in images:
+        # Bit for bit: a shift that is added to the bias beforehand is the same addition.
+        assert torch.equal(learning(batch), planned(batch))
+    assert require(learning, stage="calibrated") == require(planned, stage="calibrated")
+    assert not torch.equal(planned(images[0]), conv_graph(images[0]))
+
+
+def test_bert_keeps_its_call_and_its_output_class(
+    calibrated: Planned,
+    uniform: Planned,
+    bert_graph: fx.GraphModule,
+    token_batches: list[dict[str, Tensor]],
+) -> None:
+    planned = uniform(calibrated(bert_graph, token_batches))
+    learning = trainable_plan(planned)
+    found, expected = learning(**token_batches[1]), planned(**token_batches[1])
+    assert type(found) is type(expected)
+    assert torch.equal(found.logits, expected.logits)
+
+
+def test_every_parameter_learns_and_none_is_the_graphs(
+    calibrated: Planned, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> None:
+    """As training in several processes wants it: each parameter is in each pass."""
+    planned = mixed(calibrated(conv_graph, images, candidates=PRECISIONS))
+    before = {name: tensor.clone() for name, tensor in planned.state_dict().items()}
+    learning = trainable_plan(planned)
+    learning(images[0]).square().sum().backward()
+    for name, parameter in learning.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+    torch.optim.SGD(learning.parameters(), 0.1).step()
+    after = planned.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_what_the_plan_leaves_in_float_has_no_steps(
+    calibrated: Planned, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> None:
+    graph = calibrated(conv_graph, images, candidates=PRECISIONS)
+    groups = require(graph, stage="calibrated").groups
+    choices = {group.name: "fp32" for group in groups} | {"conv2": "w4a4"}
+    learning = trainable_plan(with_choices(graph, choices))
+    steps = [
+        name for name, module in learning.named_modules() if isinstance(module, PlannedQuantizer)
+    ]
+    [group] = [group for group in groups if group.name == "conv2"]
+    assert sorted(steps) == sorted(
+        [*group.activation_quantizers, *(str(layer.weight_quantizer) for layer in group.layers)]
+    )
+
+
+def test_a_shift_becomes_part_of_its_layers_own_bias(
+    calibrated: Planned, uniform: Planned, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> None:
+    planned = uniform(calibrated(conv_graph, images))
+    learning = trainable_plan(planned)
+    layers = [
+        layer for group in require(planned, stage="calibrated").groups for layer in group.layers
+    ]
+    for layer in layers:
+        correction = planned.get_submodule(str(layer.bias_correction))
+        assert isinstance(correction, BiasCorrection)
+        assert correction.active is not None
+        shift = correction.shift(correction.active)
+        assert shift is not None
+        assert shift.any()
+        bias = layer.weight.removesuffix("weight") + "bias"
+        expected = get_tensor(planned, bias) + shift
+        assert torch.equal(get_tensor(learning, bias), expected)
+
+
+def test_a_shared_bias_and_a_missing_one_have_shifts_that_learn(
+    shared: fx.GraphModule, ids: Tensor
+) -> None:
+    learning = trainable_plan(shared)
+    assert torch.equal(learning(ids), shared(ids))
+    shifts = [module for module in learning.modules() if isinstance(module, LearnedShift)]
+    assert len(shifts) == 3  # two calls of mix, and out
+    learning(ids).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in learning.parameters())
+
+
+def test_a_layer_without_bias_and_correction_gets_one_that_begins_at_zero(
+    uniform: Planned, ids: Tensor
+) -> None:
+    torch.manual_seed(0)
+    graph = fxmpq.prepare(trace(Shared(), ids), "reference", candidates=["w4a8"])
+    planned = uniform(fxmpq.calibrate(graph, [ids], bias_correction=False, progress=False))
+    learning = trainable_plan(planned)
+    assert torch.equal(learning(ids), planned(ids))
+    shifts = [module for module in learning.modules() if isinstance(module, LearnedShift)]
+    assert shifts
+    assert not any(module.shift.any() for module in shifts)
+
+
+def test_stored_codes_are_left_aside(
+    calibrated: Planned, uniform: Planned, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> None:
+    nearest = uniform(calibrated(conv_graph, images))
+    rounded = uniform(nearest)
+    for group in require(rounded, stage="calibrated").groups:
+        for layer in group.layers:
+            quantizer = rounded.get_submodule(str(layer.weight_quantizer))
+            assert isinstance(quantizer, WeightQuantizer)
+            assert quantizer.active is not None
+            codes = quantizer.codes(get_tensor(rounded, layer.weight), quantizer.active)
+            quantizer.set_codes(quantizer.active, codes.flip(-1))
+    assert not torch.equal(rounded(images[0]), nearest(images[0]))
+    assert torch.equal(trainable_plan(rounded)(images[0]), nearest(images[0]))
+    assert not torch.equal(rounded(images[0]), nearest(images[0]))
+
+
+def test_steps_are_clamped_with_all_others(
+    calibrated: Planned, uniform: Planned, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> None:
+    learning = trainable_plan(uniform(calibrated(conv_graph, images)))
+    quantizers = [module for module in learning.modules() if isinstance(module, PlannedQuantizer)]
+    with torch.no_grad():
+        for quantizer in quantizers:
+            quantizer.ratio.fill_(-1)
+    clamp_steps(learning)
+    assert all(float(quantizer.step.min()) > 0 for quantizer in quantizers)
+
+
+def test_it_can_be_made_inside_inference_mode(
+    calibrated: Planned, uniform: Planned, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> None:
+    planned = uniform(calibrated(conv_graph, images))
+    with torch.inference_mode():
+        learning, teacher = trainable_plan(planned), float_copy(planned)
+    learning(images[0]).sum().backward()
+    assert not any(parameter.is_inference() for parameter in learning.parameters())
+    assert not any(parameter.is_inference() for parameter in teacher.parameters())
+
+
+def test_the_float_copy_has_parameters_of_its_own(
+    calibrated: Planned, uniform: Planned, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> None:
+    planned = uniform(calibrated(conv_graph, images))
+    copied = float_copy(planned)
+    assert torch.equal(copied(images[0]), conv_graph(images[0]))
+    taken = {tensor.data_ptr() for tensor in planned.parameters()}
+    assert not any(tensor.data_ptr() in taken for tensor in copied.parameters())
+    assert not any(parameter.requires_grad for parameter in copied.parameters())
+
+
+def test_a_graph_without_a_plan_is_refused(
+    calibrated: Planned, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> None:
+    graph = calibrated(conv_graph, images)
+    for use in (check_planned, trainable_plan):
+        with pytest.raises(FxmpqError, match="no plan to train"):
+            use(graph)
+        with pytest.raises(FxmpqError, match="fxmpq.prepare"):
+            use(conv_graph)
