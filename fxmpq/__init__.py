@@ -1,7 +1,7 @@
 """Mixed-precision quantization of PyTorch models: how few bits each layer can live with.
 
 The steps, in the order they are walked: `trace`, `prepare`, `calibrate`, `measure`, `cost`,
-`solve`, `apply`, `convert`. `quantize` walks them in one call.
+`solve`, `apply` or `refine`, `convert`. `quantize` walks them in one call.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from fxmpq.errors import FxmpqError, InfeasibleBudgetError
 from fxmpq.formats import NumberFormat, Precision
 from fxmpq.graph.trace import trace
 from fxmpq.pipeline import Quantized, quantize
+from fxmpq.refinement.methods import METHODS as REFINEMENTS
+from fxmpq.refinement.methods import RECIPES
+from fxmpq.refinement.refine import refine
 from fxmpq.sensitivity.measure import METHODS, measure
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.solver.budget import Budget
@@ -22,6 +25,8 @@ from fxmpq.solver.plan import Plan
 from fxmpq.solver.programs import PROGRAMS
 from fxmpq.solver.solve import solve
 from fxmpq.steps import apply, prepare
+from fxmpq.storage.load import load
+from fxmpq.storage.save import save
 from fxmpq.targets.convert import convert
 from fxmpq.targets.registry import TARGETS
 from fxmpq.targets.target import Converted, Target
@@ -32,6 +37,8 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "PROGRAMS",
+    "RECIPES",
+    "REFINEMENTS",
     "TARGETS",
     "Budget",
     "Converted",
@@ -50,10 +57,13 @@ __all__ = [
     "calibrate",
     "convert",
     "cost",
+    "load",
     "measure",
     "pareto",
     "prepare",
     "quantize",
+    "refine",
+    "save",
     "solve",
     "trace",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from fxmpq.calibration.calibrate import calibrate
+from fxmpq.calibration.options import read_ranges, read_weight_scales
 from fxmpq.costs.cost import cost
 from fxmpq.costs.table import CostTable
 from fxmpq.errors import FxmpqError
@@ -19,6 +20,9 @@ from fxmpq.formats import Precision
 from fxmpq.graph.batches import Batch, graph_device, materialize
 from fxmpq.graph.state import state_of
 from fxmpq.graph.trace import trace
+from fxmpq.quantizers.rule import RuleText
+from fxmpq.refinement.refine import check_refinement
+from fxmpq.refinement.refine import refine as refine_graph
 from fxmpq.sensitivity.measure import check_method, measure, reads_labels
 from fxmpq.sensitivity.scores import find_score, is_metric
 from fxmpq.sensitivity.sensitivity import Sensitivity
@@ -39,12 +43,15 @@ class Quantized:
     """Everything that `quantize` found on its way.
 
     Args:
-        graph: Simulates the plan; called like the model.
+        graph: Simulates the plan, refined where that was asked for; called like the model.
         calibrated: The same graph with every candidate at hand and all quantizers off.
         plan: What was chosen.
         sensitivity: How much each choice hurts.
         costs: What each choice costs.
-        seconds: Wall time per step: `trace`, `calibrate`, `measure`, `solve`.
+        seconds: Wall time per step: `trace`, `calibrate`, `measure`, `solve`, and `refine`
+            where that was asked for.
+        refinement: The recipe or method of refinement that `graph` went through; `None` for none.
+        calibration: The batches it was refined on; none without refinement.
     """
 
     graph: fx.GraphModule
@@ -53,6 +60,8 @@ class Quantized:
     sensitivity: Sensitivity
     costs: CostTable
     seconds: Mapping[str, float]
+    refinement: str | None = None
+    calibration: Sequence[Batch] = field(default=(), repr=False)
 
     def convert(self, output: str | Path | None = None) -> Converted:
         """Convert for the plan's target; see `fxmpq.convert`."""
@@ -61,10 +70,31 @@ class Quantized:
     def solve(
         self, budget: str | Mapping[str, object] | Budget, *, program: str | None = None
     ) -> Quantized:
-        """Plan again, for another budget or by another program, from the same measurements."""
+        """Plan again, for another budget or by another program, from the same measurements.
+
+        The new plan's graph is refined if this one's was, by the same method on the same batches,
+        which takes its time again; `fxmpq.solve(result.sensitivity, result.costs, budget)` gives
+        a plan alone.
+        """
         plan = solve(self.sensitivity, self.costs, budget, program=program)
         plan = finish_plan(self.calibrated, plan)
-        return replace(self, plan=plan, graph=apply(self.calibrated, plan))
+        return replace(self, plan=plan, graph=self.simulate(plan))
+
+    def simulate(self, plan: Plan | Mapping[str, str], *, progress: bool = False) -> fx.GraphModule:
+        """The graph of any plan for this model, refined if this one's is, in the same way.
+
+        Args:
+            plan: From `solve`, or precision names per group.
+            progress: Whether to show progress bars.
+
+        Returns:
+            What `graph` would be with this plan.
+        """
+        if self.refinement is None:
+            return apply(self.calibrated, plan)
+        return refine_graph(
+            self.calibrated, plan, self.calibration, method=self.refinement, progress=progress
+        )
 
 
 def quantize(
@@ -79,7 +109,10 @@ def quantize(
     labelled: Iterable[object] | None = None,
     keep: Mapping[str, str | Precision] | None = None,
     exclude: Sequence[str] = (),
+    ranges: RuleText = "mse",
+    weight_scales: RuleText = "mse",
     bias_correction: bool = True,
+    refine: str | None = None,
     progress: bool = True,
     resume: str | Path | None = None,
     **options: object,
@@ -103,9 +136,16 @@ def quantize(
             calibration batches if `None`.
         keep: Layers that must have a precision, as `{"classifier": "w8a8"}`.
         exclude: Layers that stay float, even where `keep` matches too.
+        ranges: Rule of the activation ranges, a key of `RANGES` or a mapping with its options,
+            as `{"rule": "percentile", "percentile": 99.9}`; see `calibrate`.
+        weight_scales: Rule of the weight scales, a key of `WEIGHT_SCALES`, in the same form.
         bias_correction: Whether quantized layers get corrected biases.
+        refine: How to refine the plan's graph on the calibration batches: a recipe of `RECIPES`,
+            as `light` or `advanced`, or one method of `REFINEMENTS`; `None` leaves it as it was
+            calibrated.
         progress: Whether to show progress bars.
-        resume: A journal file of the measurement, which an interrupted run goes on from.
+        resume: A journal file of the measurement, which an interrupted run goes on from;
+            finished layers of a refinement are kept in a folder beside it, `<name>.refine`.
         **options: Of the method, as `probes=4, seed=1`.
 
     Returns:
@@ -125,8 +165,11 @@ def quantize(
     """
     found_target = get_target(target)
     wanted_budget = Budget.parse(budget)
+    ranges, weight_scales = read_ranges(ranges), read_weight_scales(weight_scales)
     check_method(method, options)
     check_program(program or program_of(method), method=method)
+    if refine is not None:
+        check_refinement(refine, has_labels=False)
     batches = materialize(calibration)
     measured = _measured(batches, labelled, method, options)
     seconds: dict[str, float] = {}
@@ -145,7 +188,14 @@ def quantize(
     costs = cost(prepared)
     wanted_budget.check_feasible(costs)
     lap("trace")
-    calibrated = calibrate(prepared, batches, bias_correction=bias_correction, progress=progress)
+    calibrated = calibrate(
+        prepared,
+        batches,
+        ranges=ranges,
+        weight_scales=weight_scales,
+        bias_correction=bias_correction,
+        progress=progress,
+    )
     lap("calibrate")
     sensitivity = measure(
         calibrated,
@@ -158,7 +208,26 @@ def quantize(
     lap("measure")
     plan = finish_plan(calibrated, solve(sensitivity, costs, wanted_budget, program=program))
     lap("solve")
-    return Quantized(apply(calibrated, plan), calibrated, plan, sensitivity, costs, seconds)
+    if refine is None:
+        simulated = apply(calibrated, plan)
+        return Quantized(simulated, calibrated, plan, sensitivity, costs, seconds)
+    simulated = refine_graph(
+        calibrated, plan, batches, method=refine, progress=progress, resume=refine_folder(resume)
+    )
+    lap("refine")
+    return Quantized(
+        simulated, calibrated, plan, sensitivity, costs, seconds, refine, tuple(batches)
+    )
+
+
+def refine_folder(journal: str | Path | None) -> Path | None:
+    """The folder of a refinement's finished layers, beside the journal of a measurement.
+
+    Examples:
+        >>> refine_folder("runs/search.journal").name
+        'search.journal.refine'
+    """
+    return None if journal is None else Path(f"{journal}.refine")
 
 
 def _measured(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from fxmpq.pipeline import Quantized, quantize
+from fxmpq.pipeline import Quantized, quantize, refine_folder
 from fxmpq.recipes.loading import Loaded, load
 from fxmpq.recipes.schema import Recipe, RecipeError
+from fxmpq.refinement.refine import check_refinement
 from fxmpq.report.build import build_report
 from fxmpq.report.html import save_html
 from fxmpq.report.latency import use_threads
 from fxmpq.report.plots import save_picture
+from fxmpq.report.refinement_plot import save_refinement
 from fxmpq.report.report import Report
 from fxmpq.report.tables import print_tables
 from fxmpq.report.wording import decibels, percent, seconds
@@ -31,8 +34,9 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> Report:
     """Load, quantize, convert and measure what a recipe names, and write everything down.
 
     Writes to `recipe.output`: `recipe.yaml` (with every default filled in), `plan.json`,
-    `report.json`, `report.html`, `tradeoff.png`, `tradeoff.svg` and the converted model. A search
-    that is interrupted leaves `search.journal`, and the same recipe run again goes on from it.
+    `report.json`, `report.html`, `tradeoff.png`, `tradeoff.svg`, the same of `refinement` where
+    there is one, and the converted model. A search that is interrupted leaves `search.journal`
+    (and a folder `search.journal.refine`), and the same recipe run again goes on from there.
 
     Args:
         recipe: From `open_recipe` or `read_recipe`.
@@ -49,6 +53,8 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> Report:
     get_target(recipe.target)
     options = method_options(recipe)
     check_program(recipe.program or program_of(recipe.method), method=recipe.method)
+    if recipe.refine is not None:
+        check_refinement(recipe.refine, has_labels=False)
     with use_threads(recipe.threads):
         return _run(recipe, options, _writable(recipe.output), console)
 
@@ -61,6 +67,7 @@ def _run(recipe: Recipe, options: Mapping[str, Any], output: Path, console: Cons
     journal = output / "search.journal"
     quantized = _search(recipe, loaded, options, journal)
     journal.unlink()
+    shutil.rmtree(f"{refine_folder(journal)}", ignore_errors=True)
     plan = quantized.plan
     plan.to_json(output / "plan.json")
     say(
@@ -135,7 +142,10 @@ def _search(recipe: Recipe, loaded: Loaded, options: Mapping[str, Any], journal:
         labelled=_labelled(loaded) if "loss" in options else None,
         keep=recipe.keep,
         exclude=recipe.exclude,
+        ranges=recipe.ranges,
+        weight_scales=recipe.weight_scales,
         bias_correction=recipe.bias_correction,
+        refine=recipe.refine,
         resume=journal,
         **options,
     )
@@ -157,7 +167,11 @@ def _write(recipe: Recipe, report: Report, output: Path) -> list[str]:
     settings = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
     (output / "recipe.yaml").write_text(settings, encoding="utf-8")
     report.to_json(output / "report.json")
-    pages = [save_html(report, output / "report.html"), *save_picture(report, output)]
+    pages = [
+        save_html(report, output / "report.html"),
+        *save_picture(report, output),
+        *save_refinement(report, output),
+    ]
     return ["report.json", *(page.name for page in pages)]
 
 

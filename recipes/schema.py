@@ -18,8 +18,10 @@ from pydantic import (
     model_validator,
 )
 
+from fxmpq.calibration.options import read_ranges, read_weight_scales
 from fxmpq.errors import FxmpqError
 from fxmpq.formats import Precision
+from fxmpq.quantizers.rule import RuleChoice
 from fxmpq.recipes.explain import explain
 from fxmpq.solver.budget import Budget
 
@@ -40,7 +42,17 @@ def _read_precision(text: str) -> str:
     return str(Precision.parse(text))
 
 
+def _write_rule(choice: RuleChoice) -> str | dict[str, object]:
+    return choice.written
+
+
 BudgetText = Annotated[InstanceOf[Budget], BeforeValidator(_read_budget), PlainSerializer(str)]
+RangesText = Annotated[
+    InstanceOf[RuleChoice], BeforeValidator(read_ranges), PlainSerializer(_write_rule)
+]
+WeightScalesText = Annotated[
+    InstanceOf[RuleChoice], BeforeValidator(read_weight_scales), PlainSerializer(_write_rule)
+]
 PrecisionName = Annotated[str, AfterValidator(_read_precision)]
 
 
@@ -184,7 +196,12 @@ class Recipe(_Section):
         keep: Layer pattern to the precision it must have.
         exclude: Patterns of layers that stay float.
         options: Of the method, as `probes`.
+        ranges: Rule of the activation ranges, as `percentile`, or a mapping with its options, as
+            `{rule: percentile, percentile: 99.9}`.
+        weight_scales: Rule of the weight scales, in the same form.
         bias_correction: Whether quantized layers get corrected biases.
+        refine: A recipe or method of refinement, as `light` or `advanced`, for the plan's graph
+            and the uniform ones beside it; none if `None`.
         uniform: Precisions to compare with; every candidate if `None`.
         threads: Threads torch uses inside an operator; its own choice if `None`. Latencies are
             always measured on one.
@@ -203,7 +220,10 @@ class Recipe(_Section):
     keep: dict[str, PrecisionName] = Field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     options: dict[str, int | float | str | bool] = Field(default_factory=dict)
+    ranges: RangesText = read_ranges("mse")
+    weight_scales: WeightScalesText = read_weight_scales("mse")
     bias_correction: bool = True
+    refine: str | None = None
     uniform: tuple[PrecisionName, ...] | None = None
     threads: int | None = Field(None, ge=1)
     seed: int = 0

@@ -17,9 +17,13 @@ from transformers import (
 
 from fxmpq.calibration.calibrate import calibrate
 from fxmpq.graph.prepare import insert_quantizers
-from fxmpq.graph.state import require
+from fxmpq.graph.state import Refinement, require
 from fxmpq.graph.switch import with_choices
 from fxmpq.graph.trace import trace
+from fxmpq.refinement.methods import METHODS, Method
+from fxmpq.refinement.units import Units
+from fxmpq.refinement.views import LayerView
+from fxmpq.refinement.walk import Walk
 from fxmpq.targets.registry import get_target
 
 torch.set_num_threads(1)
@@ -182,3 +186,30 @@ def uniform() -> Planned:
         return with_choices(graph, choices)
 
     return make
+
+
+@pytest.fixture
+def coarse_refinement(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Registers a refinement of two lines, `coarse`; the list tells the layers it was done to.
+
+    Every code of a layer becomes the next smaller even one: that is easy to recognise.
+    """
+    done: list[str] = []
+
+    def coarse(graph: fx.GraphModule, batches: list, *, units: Units) -> list[Refinement]:
+        found = []
+        for view in Walk(graph, batches).layers():
+
+            def compute(view: LayerView = view) -> list[float]:
+                done.append(view.layer.name)
+                before = view.error()
+                codes = view.quantizer.codes(view.weight, view.number_format)
+                view.quantizer.set_codes(view.number_format, codes - codes.remainder(2))
+                return [before, view.error()]
+
+            numbers = units.unit(view.layer.name, graph, view.modules, compute)
+            found.append(Refinement("coarse", view.layer.name, *numbers))
+        return found
+
+    monkeypatch.setitem(METHODS, "coarse", Method(coarse, rounds=True))
+    return done

@@ -4,12 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 import fxmpq
 from fxmpq.errors import BudgetError, CalibrationError, FxmpqError, InfeasibleBudgetError
-from fxmpq.pipeline import finish_plan, quantize
+from fxmpq.graph.state import state_of
+from fxmpq.pipeline import finish_plan, quantize, refine_folder
+from fxmpq.quantizers.modules import WeightQuantizer
+from fxmpq.refinement.methods import METHODS as REFINEMENTS
+from fxmpq.refinement.methods import Method
+from fxmpq.refinement.units import Units
 
 CANDIDATES = ["w2a8", "w4a8", "w8a8"]
 
@@ -29,6 +34,21 @@ def test_walks_the_whole_way(conv_net: nn.Module, images: list[Tensor], tmp_path
     assert torch.equal(converted.run(images[1])[0], result.graph(images[1]))
     for name, tensor in conv_net.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+def test_blocks_and_floats_walk_the_whole_way(
+    conv_net: nn.Module, images: list[Tensor], tmp_path: Path
+) -> None:
+    candidates = ["w4b32a8", "we2m1b16a8", "we4m3ae4m3", "w8a8"]
+    result = quantize(
+        conv_net, images, target="reference", budget="weights=20%", candidates=candidates
+    )
+    assert result.plan.relative["weights"] <= 0.20
+    assert len(set(result.plan.choices.values())) > 1
+    again = fxmpq.Plan.from_json(result.plan.to_json())
+    assert again.choices == result.plan.choices
+    converted = result.convert(tmp_path / "model")
+    assert torch.equal(converted.run(images[1])[0], result.graph(images[1]))
 
 
 def test_is_reproducible(conv_net: nn.Module, images: list[Tensor]) -> None:
@@ -75,7 +95,15 @@ def test_transformers_models_as_they_are(
         ({"method": "sqrn"}, FxmpqError, "'sqnr'"),
         ({"probe": 4}, FxmpqError, "'probes'"),
         ({"candidates": ["w1a8"]}, FxmpqError, "1-bit"),
+        ({"candidates": ["w4b0a8"]}, FxmpqError, "a block of 0 values"),
+        (
+            {"target": "onnxruntime", "candidates": ["w8a8", "w4b32a8"]},
+            FxmpqError,
+            "'onnxruntime' cannot run w4b32a8.*scales per channel",
+        ),
+        ({"target": "onnxruntime", "candidates": ["we4m3ae4m3"]}, FxmpqError, "cannot run we4m3"),
         ({"calibration": []}, CalibrationError, "empty"),
+        ({"refine": "lihgt"}, FxmpqError, "no refinement 'lihgt'"),
     ],
 )
 def test_unusable_requests_fail_before_calibration(
@@ -166,3 +194,118 @@ def test_a_loss_reads_its_own_batches(conv_net: nn.Module, images: list[Tensor])
         )
         assert result.sensitivity.method == options["method"]
         assert result.plan.relative["weights"] <= 0.2
+
+
+def even(graph: fx.GraphModule) -> bool:
+    """Whether every active code is an even one, as `coarse` leaves them."""
+    stored = [
+        module.stored_codes(module.active)
+        for module in graph.modules()
+        if isinstance(module, WeightQuantizer) and module.active is not None
+    ]
+    return bool(stored) and all(codes is not None and not (codes % 2).any() for codes in stored)
+
+
+def test_refines_the_plans_graph_and_every_later_one(
+    conv_net: nn.Module, images: list[Tensor], coarse_refinement: list[str]
+) -> None:
+    plain = quantize(conv_net, images, target="reference", budget="weights=20%", progress=False)
+    assert (plain.refinement, plain.calibration, coarse_refinement) == (None, (), [])
+    result = quantize(
+        conv_net, images, target="reference", budget="weights=20%", refine="coarse", progress=False
+    )
+    assert result.plan.choices == plain.plan.choices
+    assert list(result.seconds) == ["trace", "calibrate", "measure", "solve", "refine"]
+    assert even(result.graph)
+    assert not even(result.calibrated)
+    assert len(coarse_refinement) == 5
+    expected = fxmpq.refine(result.calibrated, result.plan, images, method="coarse", progress=False)
+    assert torch.equal(result.graph(images[0]), expected(images[0]))
+    assert torch.equal(result.convert().run(images[0])[0], result.graph(images[0]))
+
+    coarse_refinement.clear()
+    narrow = result.solve("weights=12%")
+    assert even(narrow.graph)
+    assert (narrow.refinement, len(coarse_refinement)) == ("coarse", 5)
+    assert torch.equal(result.simulate(narrow.plan)(images[0]), narrow.graph(images[0]))
+    assert not even(plain.solve("weights=12%").graph)
+
+
+def test_a_method_that_trains_is_refused_where_there_are_no_labels(
+    conv_net: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(REFINEMENTS, "school", Method(lambda *_, **__: [], trains=True))
+    with pytest.raises(FxmpqError, match=r"'school' trains with labels; .*fxmpq.refine\("):
+        quantize(conv_net, images, target="reference", budget="weights=20%", refine="school")
+
+
+def test_an_interrupted_refinement_goes_on(
+    conv_net: nn.Module,
+    images: list[Tensor],
+    coarse_refinement: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    journal = tmp_path / "search.journal"
+    request = {"target": "reference", "budget": "weights=20%", "progress": False}
+    original = Units.unit
+
+    def unit(self: Units, *args: object) -> list[float]:
+        if len(coarse_refinement) == 3:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Units, "unit", unit)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(conv_net, images, **request, refine="coarse", resume=journal)
+    assert len(list(refine_folder(journal).glob("*.safetensors"))) == 3
+    result = quantize(conv_net, images, **request, refine="coarse", resume=journal)
+    assert len(coarse_refinement) == 5
+    whole = quantize(conv_net, images, **request, refine="coarse")
+    assert torch.equal(result.graph(images[0]), whole.graph(images[0]))
+
+
+def test_ranges_and_scales_are_found_by_the_rules_asked_for(
+    conv_net: nn.Module, images: list[Tensor]
+) -> None:
+    result = quantize(
+        conv_net,
+        images,
+        target="reference",
+        budget="weights=20%",
+        ranges={"rule": "percentile", "percentile": 99},
+        weight_scales="minmax",
+        progress=False,
+    )
+    expected = fxmpq.calibrate(
+        fxmpq.prepare(fxmpq.trace(conv_net, images[0]), "reference"),
+        images,
+        ranges="percentile",
+        percentile=99,
+        weight_scales="minmax",
+        progress=False,
+    )
+    assert state_of(result.calibrated).calibration == state_of(expected).calibration
+    found, tensors = result.calibrated.state_dict(), expected.state_dict()
+    assert all(found[name].equal(tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ranges": "percntile"}, "no rule 'percntile' for ranges; there are 'percentile'"),
+        ({"ranges": {"rule": "mse", "k": 3}}, "the rule 'mse' for ranges has no option 'k'"),
+        ({"weight_scales": {"rule": "mse", "p": 0}}, "weight_scales: mse's p must be"),
+    ],
+)
+def test_unknown_rules_are_found_before_the_model_is_traced(
+    images: list[Tensor], options: dict[str, object], words: str
+) -> None:
+    with pytest.raises(FxmpqError, match=words):
+        quantize(Untraced(), images, target="reference", budget="weights=20%", **options)
+
+
+class Untraced(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise AssertionError("it was traced")

@@ -12,6 +12,7 @@ from fxmpq.pipeline import Quantized
 from fxmpq.report.compare import compare
 from fxmpq.report.environment import environment
 from fxmpq.report.layers import layer_rows
+from fxmpq.report.refinements import refinement_rows
 from fxmpq.report.report import Report, finite_or_none
 from fxmpq.report.tradeoff import trade_off
 
@@ -66,6 +67,7 @@ def build_report(
         latency_samples=comparison.latency_samples,
         layers=layer_rows(quantized.graph, quantized.sensitivity, converted),
         curve=trade_off(quantized.sensitivity, quantized.costs),
+        refinements=refinement_rows(quantized.graph),
         unit=plan.unit,
         predicted_sqnr_db=finite_or_none(plan.sqnr_db),
         agreement_db=finite_or_none(converted.sqnr_db),

@@ -51,7 +51,8 @@ def compare(
 ) -> Comparison:
     """Convert the float, the mixed and the uniform plans for the target, and measure each.
 
-    Every model runs on the same runtime, the float one included, with one thread. SQNR is
+    Every model runs on the same runtime, the float one included, with one thread. Uniform plans
+    are refined in the same way as the mixed one, on the same batches. SQNR is
     against the traced float model in PyTorch. Latency is that of one sample where the traced
     graph leaves the batch size free, else of the first batch.
 
@@ -79,7 +80,7 @@ def compare(
     graphs = {
         FLOAT: float_graph(quantized.calibrated),
         MIXED: quantized.graph,
-        **{name: apply(quantized.calibrated, choices) for name, choices in plans.items()},
+        **{name: _simulated(quantized, name, choices, say) for name, choices in plans.items()},
     }
     plans[MIXED] = dict(quantized.plan.choices)
     sample = _one_sample(quantized.calibrated, found[0])
@@ -105,6 +106,15 @@ def compare(
         for name, (share, decibels) in scores.items()
     }
     return Comparison(entries, converted[MIXED], batch_size(pytree.tree_leaves(sample)))
+
+
+def _simulated(
+    quantized: Quantized, name: str, choices: Mapping[str, str], say: Callable[[str], None]
+) -> fx.GraphModule:
+    """A uniform plan's graph, refined as the mixed one is: else it would be no fair comparison."""
+    if quantized.refinement is not None:
+        say(f"refining {name} ({quantized.refinement})")
+    return quantized.simulate(choices)
 
 
 def uniform_precisions(costs: CostTable) -> tuple[str, ...]:

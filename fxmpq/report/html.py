@@ -10,6 +10,8 @@ from markupsafe import Markup
 from fxmpq.artefact import write_atomically
 from fxmpq.report.compare import FLOAT, MIXED
 from fxmpq.report.plots import picture_svg
+from fxmpq.report.refinement_plot import refinement_svg
+from fxmpq.report.refinements import WHOLE_MODEL, refinement_grid, refinement_rows_text
 from fxmpq.report.report import Report
 from fxmpq.report.tables import COLUMNS, comparison_rows
 from fxmpq.report.wording import counted, decibels, percent, points
@@ -20,8 +22,9 @@ _TEMPLATE = "report.html.jinja"
 def render_html(report: Report) -> str:
     """Render a report as an HTML page that needs no other file and no network.
 
-    It holds a summary, the comparison, the picture as inline SVG, the layers, what stays in
-    float and why, the search's times and the environment. Text from the report is escaped.
+    It holds a summary, the comparison, the picture as inline SVG, the layers, what refinement did
+    to them, what stays in float and why, the search's times and the environment. Text from the
+    report is escaped.
 
     Args:
         report: From `build_report`, with entries `float` and `mixed`.
@@ -37,6 +40,7 @@ def render_html(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(counted=counted, decibels=decibels)
+    grid = refinement_grid(report.refinements, [row.layer for row in report.layers])
     return environment.get_template(_TEMPLATE).render(
         report=report,
         columns=COLUMNS,
@@ -46,8 +50,12 @@ def render_html(report: Report) -> str:
         facts=_facts(report),
         quantized=[row for row in report.layers if row.precision != "fp32"],
         in_float=[row for row in report.layers if row.precision == "fp32"],
+        grid=grid,
+        refined=refinement_rows_text(grid),
+        whole_model=WHOLE_MODEL,
         # Drawn by matplotlib from numbers and escaped names: the only markup let through.
         picture=Markup(picture_svg(report)),  # noqa: S704
+        refinement=Markup(refinement_svg(report) if report.refinements else ""),  # noqa: S704
     )
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -17,32 +15,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from fxmpq.formats import Precision
 from fxmpq.report.compare import FLOAT, MIXED
 from fxmpq.report.report import Entry, LayerRow, Report
+from fxmpq.report.style import BLUE, GREY, GRID, INK, SKY, STYLE, VERMILION, svg_text
 from fxmpq.report.wording import percent, shortened
 
-# Okabe and Ito's palette, which colour-blind people can tell apart.
-_INK, _GREY = "#333333", "#8A8A8A"
-_CURVE, _UNIFORM_COLOUR, _MIXED_COLOUR = "#56B4E9", "#0072B2", "#D55E00"
 # One hue from light to dark: length and shade say the same.
 _BIT_COLOURS = ("#BBD7EC", "#9CC6E4", "#79B2DA", "#569DCF", "#3587C0", "#1B76B4", "#0A5A94")
 _BIT_STEPS = (2, 3, 4, 5, 6, 7)
 _BITS_TITLE = "Bits of every layer's weights"
 _MOST_BESIDE = 40
-_STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.edgecolor": _GREY,
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11.5,
-    "axes.titleweight": "bold",
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "fxmpq",
-}
 
 
 def draw(report: Report) -> Figure:
@@ -59,7 +39,7 @@ def draw(report: Report) -> Figure:
         A figure of its own, in no global state.
     """
     rows = _weighted(report)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         if len(rows) <= _MOST_BESIDE:
             figure = Figure(figsize=(12.5, max(5.0, 1.4 + 0.23 * len(rows))), layout="constrained")
             left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
@@ -77,11 +57,7 @@ def picture_svg(report: Report) -> str:
     Args:
         report: From `build_report`.
     """
-    buffer = io.StringIO()
-    with rc_context(_STYLE):
-        draw(report).savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return svg_text(draw(report))
 
 
 def save_picture(report: Report, folder: str | Path) -> tuple[Path, Path]:
@@ -97,7 +73,7 @@ def save_picture(report: Report, folder: str | Path) -> tuple[Path, Path]:
     home = Path(folder)
     home.mkdir(parents=True, exist_ok=True)
     png, svg = home / "tradeoff.png", home / "tradeoff.svg"
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = draw(report)
         figure.savefig(png, dpi=160, facecolor="white")
         figure.savefig(svg, facecolor="white", metadata={"Date": None})
@@ -132,7 +108,7 @@ def _draw_curve(axes: Axes, report: Report) -> None:
             sizes,
             noise,
             label="best plans, predicted",
-            color=_CURVE,
+            color=SKY,
             linewidth=2,
             marker="o",
             markersize=4,
@@ -156,7 +132,7 @@ def _draw_curve(axes: Axes, report: Report) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("size of the weights, scales included")
     axes.set_ylabel("output SQNR in dB")
-    axes.grid(visible=True, color="#E6E6E6", linewidth=0.8)
+    axes.grid(visible=True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     # Below the axes no point can come in its way.
     axes.legend(
@@ -172,7 +148,7 @@ def _draw_curve(axes: Axes, report: Report) -> None:
 def _mark(axes: Axes, name: str, entry: Entry, decibels: float, *, above: bool) -> None:
     """Mark a measured model; labels lie where a rising curve leaves room for them."""
     mixed = name == MIXED
-    colour = _MIXED_COLOUR if mixed else _UNIFORM_COLOUR
+    colour = VERMILION if mixed else BLUE
     first_uniform = "uniform" not in axes.get_legend_handles_labels()[1]
     axes.plot(
         entry.weight_bytes,
@@ -205,7 +181,7 @@ def _mark_float(axes: Axes, entry: Entry) -> None:
         entry.weight_bytes,
         top,
         label="float: no error",
-        color=_INK,
+        color=INK,
         linestyle="none",
         marker="^",
         markersize=10,
@@ -239,7 +215,7 @@ def _draw_bits(axes: Axes, rows: Sequence[LayerRow], widest: int) -> None:
     widths = [Precision.parse(row.precision).weight_bits for row in rows]
     for position, (row, bits) in enumerate(zip(rows, widths, strict=True)):
         if bits is None:
-            axes.barh(position, widest, color="white", edgecolor=_GREY, hatch="///", height=0.72)
+            axes.barh(position, widest, color="white", edgecolor=GREY, hatch="///", height=0.72)
         else:
             axes.barh(position, bits, color=bit_colour(bits), height=0.72)
         label = "float" if bits is None else row.precision

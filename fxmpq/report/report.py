@@ -82,6 +82,23 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
+class RefinementRow:
+    """What one refinement method did to one layer or block.
+
+    Args:
+        method: The method's name.
+        layer: Name of the layer, or of the block's first; empty for the whole model.
+        before_db: SQNR of its output against float before, in dB; `None` if there was no error.
+        after_db: The same afterwards.
+    """
+
+    method: str
+    layer: str
+    before_db: float | None
+    after_db: float | None
+
+
+@dataclass(frozen=True)
 class Report:
     """What a person wants to know of a quantized model.
 
@@ -98,6 +115,7 @@ class Report:
         entries: `float`, `mixed`, and one per uniform precision such as `w8a8`.
         layers: In graph order, then what is in no group.
         curve: Best plans from the smallest to the largest weight size.
+        refinements: What each refinement method did to each layer, in order.
         unit: What the method measures; without `noise` there is no predicted SQNR.
         predicted_sqnr_db: The plan's, in dB.
         agreement_db: Of the converted mixed model with the simulation; `None` if equal.
@@ -125,6 +143,7 @@ class Report:
     latency_samples: int = 1
     layers: tuple[LayerRow, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
+    refinements: tuple[RefinementRow, ...] = ()
     unit: str = "noise"
     predicted_sqnr_db: float | None = None
     agreement_db: float | None = None
@@ -158,6 +177,7 @@ class Report:
         found["entries"] = {name: _item(Entry, value) for name, value in entries.items()}
         found["layers"] = _items(LayerRow, found.get("layers", []))
         found["curve"] = _items(CurvePoint, found.get("curve", []))
+        found["refinements"] = _items(RefinementRow, found.get("refinements", []))
         return cls(**found)  # type: ignore[arg-type]
 
 

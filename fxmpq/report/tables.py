@@ -1,4 +1,4 @@
-"""The two tables of a report for the terminal."""
+"""The tables of a report for the terminal."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fxmpq.report.compare import FLOAT, MIXED
+from fxmpq.report.refinements import WHOLE_MODEL, refinement_grid, refinement_rows_text
 from fxmpq.report.report import Report
 from fxmpq.report.wording import counted, decibels, percent, points, shortened
 
 COLUMNS = ("accuracy", "points", "SQNR", "weights", "share", "BOPs", "share", "latency")
 """Headings of the comparison behind the model's name; `points` and `share` are against float."""
 _OTHER_COLUMNS = 59  # what the other columns take
+_REFINED_NAME = 32
 
 
 def layer_table(report: Report, name_length: int = 80) -> Table:
@@ -47,6 +49,28 @@ def layer_table(report: Report, name_length: int = 80) -> Table:
             counted(row.bops),
             f"{row.kernel}: {row.reason}" if row.reason else row.kernel,
         )
+    return table
+
+
+def refinement_table(report: Report, name_length: int = 80) -> Table:
+    """A row a layer, a column a refinement method: its output's SQNR afterwards, and the gain.
+
+    Args:
+        report: With refinements.
+        name_length: Longer names have the first parts of their path cut to a letter.
+
+    Returns:
+        A Rich table.
+    """
+    grid = refinement_grid(report.refinements, [row.layer for row in report.layers])
+    table = _narrow_table("Refinement: SQNR in dB, gain")
+    table.add_column("layer", overflow="fold")
+    for method in grid.methods:
+        table.add_column(method, justify="right")
+    for layer, cells in refinement_rows_text(grid).items():
+        found = [" ".join(cell) for cell in cells]
+        style = "bold" if layer == WHOLE_MODEL else ""
+        table.add_row(shortened(layer, name_length), *found, style=style)
     return table
 
 
@@ -96,13 +120,16 @@ def comparison_rows(report: Report) -> dict[str, tuple[str, ...]]:
 
 
 def print_tables(report: Report, console: Console) -> None:
-    """Print the layers, then the comparison.
+    """Print the layers, what refinement did to them if it was done, then the comparison.
 
     Args:
         report: From `build_report`.
         console: Where to.
     """
     console.print(layer_table(report, name_length=console.width - _OTHER_COLUMNS))
+    if report.refinements:
+        console.print()
+        console.print(refinement_table(report, name_length=_REFINED_NAME))
     console.print()
     console.print(comparison_table(report))
 

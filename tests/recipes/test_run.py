@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fxmpq.errors import BudgetError, FxmpqError, TargetError
+from fxmpq.quantizers.rule import RuleChoice
 from fxmpq.recipes import run as run_module
 from fxmpq.recipes.reading import open_recipe
 from fxmpq.recipes.run import method_options, run_recipe
@@ -110,6 +111,7 @@ def test_a_users_text_model_runs_on_onnxruntime(
         ("method=sqrn", FxmpqError, "no sensitivity method 'sqrn'.*'sqnr'"),
         ("options={probe: 3}", FxmpqError, "no option 'probe' .* there are 'probes'"),
         ("program=qudratic", FxmpqError, "no program 'qudratic'"),
+        ("refine=lihgt", FxmpqError, "no refinement 'lihgt'"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_loaded(
@@ -226,3 +228,42 @@ def test_an_interrupted_search_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
         run_recipe(recipe, Console(file=io.StringIO()))
     assert len(batches) == 2 + 2
     assert not (tmp_path / "search.journal").exists()
+
+
+def test_a_refined_recipe_tells_what_was_refined(
+    tmp_path: Path, coarse_refinement: list[str]
+) -> None:
+    wanted = [*FEW, "target=reference", "refine=coarse", "uniform=[w4a8]", f"output={tmp_path}"]
+    console = Console(file=io.StringIO(), width=100)
+    report = run_recipe(open_recipe("resnet.yaml", wanted), console)
+    layers = [row.layer for row in report.layers]
+    assert {row.layer for row in report.refinements} == set(layers)
+    assert len(coarse_refinement) == 2 * len(layers)  # the uniform model too
+    printed = str(console.file.getvalue())
+    assert "refining w4a8 (coarse)" in printed
+    assert "Refinement: SQNR in dB" in printed
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"refinement.png", "refinement.svg"} < names
+    assert not any(name.startswith("search") for name in names)
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["refine"] == "coarse"
+    assert "refine" in report.search_seconds
+
+
+def test_its_rules_of_ranges_and_scales_reach_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a mistake in them is found when it is read."""
+
+    class SearchedError(Exception):
+        pass
+
+    def search(*_args: object, ranges: object, weight_scales: object, **_options: object) -> None:
+        raise SearchedError(ranges, weight_scales)
+
+    monkeypatch.setattr(run_module, "quantize", search)
+    overrides = [*FEW, "ranges={rule: sigma, k: 4}", "weight_scales=minmax", f"output={tmp_path}"]
+    with pytest.raises(SearchedError) as found:
+        run_recipe(open_recipe("resnet.yaml", overrides), Console(file=io.StringIO()))
+    assert found.value.args == (RuleChoice("sigma", (("k", 4.0),)), RuleChoice("minmax"))
+    with pytest.raises(RecipeError, match="the rule 'sigma' for ranges has no option 'p'"):
+        open_recipe("resnet.yaml", ["ranges.rule=sigma", "ranges.p=2"])

@@ -79,6 +79,9 @@ def test_budget_and_precisions_are_read_and_written_again() -> None:
         (changed(EMBEDDED, model={}), r"model.source: missing"),
         (changed(EMBEDDED, budget="weights"), r"budget: cannot read 'weights'"),
         (changed(EMBEDDED, budget=15), r"budget: a budget is written as 'weights=15%'; found 15"),
+        (changed(EMBEDDED, ranges="percentle"), r"ranges: no rule 'percentle'.*'percentile'"),
+        (changed(EMBEDDED, ranges={"rule": "kl", "p": 1}), r"ranges: .* no option 'p'"),
+        (changed(EMBEDDED, weight_scales=2), r"weight_scales: .* found 2. Rules: minmax, mse"),
         (changed(EMBEDDED, candidates=["w9a8"]), r"candidates.0: no 9-bit integer format"),
         (changed(EMBEDDED, candidates=[]), r"candidates: .* at least 1 item"),
         (changed(EMBEDDED, keep={"fc": "x"}), r"keep.fc: cannot read the precision 'x'"),
@@ -91,6 +94,16 @@ def test_budget_and_precisions_are_read_and_written_again() -> None:
 def test_every_mistake_is_named_with_what_would_work(content: object, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         read_recipe(content)
+
+
+def test_rules_are_read_and_written_with_their_defaults() -> None:
+    content = changed(EMBEDDED, ranges={"rule": "percentile", "percentile": 99.9})
+    recipe = read_recipe(content)
+    written = recipe.model_dump(mode="json")
+    assert written["ranges"] == {"rule": "percentile", "percentile": 99.9}
+    assert written["weight_scales"] == {"rule": "mse", "p": 2.0}
+    assert read_recipe(written) == recipe
+    assert read_recipe(changed(EMBEDDED, ranges="kl")).model_dump(mode="json")["ranges"] == "kl"
 
 
 def test_a_recipe_cannot_be_changed() -> None:

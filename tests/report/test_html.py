@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fxmpq.report.html import highlights, render_html, save_html
-from fxmpq.report.report import Report
+from fxmpq.report.report import RefinementRow, Report
 
 VOID = {"meta", "use", "path", "rect", "line", "br"}
 
@@ -97,3 +97,17 @@ def test_a_method_that_predicts_nothing_says_so(report: Report) -> None:
     note = "predicted output SQNR with only"
     assert note in render_html(report)
     assert note not in render_html(quiet)
+
+
+def test_refinement_is_shown_where_it_was_done(report: Report) -> None:
+    assert "Refinement" not in Page(render_html(report)).words
+    rows = (RefinementRow("gptq", "stem", 10.0, 12.5), RefinementRow("tune", "", 8.0, 9.0))
+    refined = replace(report, refinements=rows)
+    page = Page(render_html(refined))
+    text = " ".join(page.words)
+    assert page.open == []
+    assert "Refinement" in page.words
+    assert "All figures layer gptq tune stem 12.5 +2.5 whole model 9.0 +1.0" in text
+    assert render_html(refined).count("<svg") == 2
+    ids = re.findall(r'\bid="([^"]+)"', render_html(refined))
+    assert all(link.removeprefix("#") in ids for link in page.links)

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fxmpq.errors import FileFormatError
-from fxmpq.report.report import LayerRow, Report, finite_or_none
+from fxmpq.report.report import LayerRow, RefinementRow, Report, finite_or_none
 
 
 def test_it_survives_a_file(report: Report, tmp_path: Path) -> None:
@@ -62,3 +63,20 @@ def test_infinity_becomes_none_and_nan_is_refused() -> None:
 @pytest.mark.parametrize(("group", "shared"), [("a", False), ("b", True), ("", False)])
 def test_a_layer_is_shared_where_another_names_its_group(group: str, shared: bool) -> None:
     assert LayerRow("a", group, "w8a8", 1.0, 1, 1, "kernel").is_shared is shared
+
+
+def test_refinements_survive_a_file_and_older_files_have_none(report: Report) -> None:
+    rows = (RefinementRow("gptq", "stem", 10.0, 12.5), RefinementRow("tune", "", 8.0, None))
+    refined = replace(report, refinements=rows)
+    content = json.loads(refined.to_json())
+    assert content["refinements"][0] == {
+        "method": "gptq",
+        "layer": "stem",
+        "before_db": 10.0,
+        "after_db": 12.5,
+    }
+    assert Report.from_json(refined.to_json()) == refined
+    del content["refinements"]
+    assert Report.from_json(json.dumps(content)) == report
+    with pytest.raises(FileFormatError, match="expected a list of RefinementRow"):
+        Report.from_json(json.dumps({**content, "refinements": {"gptq": 1}}))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from fxmpq.report.report import Entry, Report
+from fxmpq.report.report import Entry, RefinementRow, Report
 from fxmpq.report.tables import comparison_rows, comparison_table, layer_table, print_tables
 
 
@@ -61,3 +61,22 @@ def test_a_method_that_predicts_nothing_leaves_its_column_empty(report: Report) 
     table = layer_table(quiet)
     cells = list(table.columns[2].cells)
     assert set(cells) <= {"", "shared"}
+
+
+def test_refinement_has_a_table_where_it_was_done(report: Report) -> None:
+    assert not any("Refinement" in line for line in printed(report, 80))
+    rows = (
+        RefinementRow("gptq", "block.conv1", 12.0, 11.0),
+        RefinementRow("gptq", "stem", 10.0, 14.0),
+        RefinementRow("bias_correction", "stem", 14.0, None),
+        RefinementRow("bias_tuning", "", 8.0, 9.5),
+    )
+    lines = printed(replace(report, refinements=rows), 80)
+    start = lines.index("Refinement: SQNR in dB, gain")
+    assert lines[start + 1] == "layer gptq bias_correction bias_tuning"
+    assert lines[start + 3 : start + 6] == [
+        "stem 14.0 +4.0 exact",
+        "block.conv1 11.0 -1.0",
+        "whole model 9.5 +1.5",
+    ]
+    assert lines[start + 6].startswith("On 4,000 test samples")
