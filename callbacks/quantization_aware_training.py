@@ -199,7 +199,11 @@ class QuantizationAwareTraining(Callback):
     def _put_back(self, module: LightningModule) -> None:
         """Put what was trained before, or else the float network, in the network's place."""
         network = self._float_module if self._frozen is None else self._frozen
-        if network is not None and self._find(module) is self._learning:
+        learning = self._learning
+        if network is not None and learning is not None and self._find(module) is learning:
+            with torch.inference_mode(False):
+                # A run before this one has left it on the CPU.
+                network.to(graph_device(learning))
             replace_submodule(module, self._attribute, network)
 
     def _freeze(self, module: LightningModule) -> None:

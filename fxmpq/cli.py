@@ -13,6 +13,8 @@ from rich.console import Console
 from fxmpq import __version__
 from fxmpq.errors import FxmpqError
 
+_WIDEST = 10_000
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -95,7 +97,11 @@ def inspect(
     from fxmpq.report.groups import describe_groups
 
     tree = describe_groups(prepared_graph(source, overrides or [], target))
-    Console().print(tree, soft_wrap=True, highlight=False)
+    console = Console()
+    if not console.is_terminal:
+        # A tree is cut at the width, which a file or a pipe does not have.
+        console = Console(width=_WIDEST)
+    console.print(tree, highlight=False)
 
 
 def main() -> None:

@@ -94,6 +94,9 @@ def test_inspect_prints_the_groups(
     assert printed.startswith("21 layers in 19 groups for onnxruntime")
     assert "shortcut.0  conv 32x16x1x1, 100 k MACs  reads the input of conv1" in printed
     assert "kept in float by the user" in printed
+    # Nothing is cut where there is no terminal, nor filled up.
+    assert printed.splitlines()[0].endswith("MACs a sample (100.0 % of all)")
+    assert max(map(len, printed.splitlines())) < 200
     assert call(monkeypatch, "inspect", "resnet.yaml", "--target", "reference") == 0
     assert "groups for reference" in capsys.readouterr().out
 

@@ -10,7 +10,7 @@ from fxmpq.costs.operations import bops, float_bops, macs
 from fxmpq.costs.table import CostTable
 from fxmpq.costs.weights import weight_bits, weight_bytes
 from fxmpq.formats import Precision
-from fxmpq.graph.state import Group, require
+from fxmpq.graph.state import Group, require_groups
 
 CostRule = Callable[[Group, Precision], int]
 
@@ -35,8 +35,11 @@ def cost(graph: fx.GraphModule) -> CostTable:
 
     Returns:
         The table, with the float model's totals as denominators for relative budgets.
+
+    Raises:
+        FxmpqError: If the graph has no groups.
     """
-    state = require(graph, stage="prepared")
+    state = require_groups(graph, stage="prepared")
     fixed_macs = sum(entry.macs for entry in state.left_float)
     fixed = {"weights": 0, "weight_bits": 0, "bops": float_bops(fixed_macs), "macs": fixed_macs}
     tables = {

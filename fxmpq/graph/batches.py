@@ -47,6 +47,8 @@ def call_arguments(batch: Batch) -> tuple[tuple[object, ...], dict[str, object]]
 def flat_inputs(graph: fx.GraphModule, batch: Batch) -> list[object]:
     """Flatten a batch into the graph's placeholders, checking that it fits.
 
+    Tensors come to the graph's device, and outside inference mode as ones that autograd takes.
+
     Raises:
         BatchError: If arguments, ranks, fixed sizes, dtypes or values other than tensors differ
             from the traced ones, or a size is more than the model takes.
@@ -66,7 +68,13 @@ def flat_inputs(graph: fx.GraphModule, batch: Batch) -> list[object]:
         else:
             _check_tensor(node, leaf, free)
     device = graph_device(graph)
-    return [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return [_placed(leaf, device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+def _placed(leaf: Tensor, device: torch.device) -> Tensor:
+    if leaf.is_inference() and not torch.is_inference_mode_enabled():
+        leaf = leaf.clone()
+    return leaf.to(device)
 
 
 def graph_device(graph: fx.GraphModule) -> torch.device:

@@ -192,6 +192,21 @@ def require(graph: fx.GraphModule, *, stage: str) -> GraphState:
     return state
 
 
+def require_groups(graph: fx.GraphModule, *, stage: str) -> GraphState:
+    """The state of a graph that has reached `stage`, and has something to quantize.
+
+    Raises:
+        FxmpqError: If a step is missing, or the graph has no group.
+    """
+    state = require(graph, stage=stage)
+    if not state.groups:
+        raise FxmpqError(
+            "the graph has nothing to quantize: no convolution, linear layer or embedding with a "
+            "stored weight; `fxmpq inspect` lists what stays in float, and why"
+        )
+    return state
+
+
 def with_state(graph: fx.GraphModule, state: GraphState) -> fx.GraphModule:
     """Attach a state and return the graph."""
     graph.meta[_KEY] = state

@@ -87,8 +87,13 @@ def _trials(unit: Tensor, tensor_scale: Tensor, number_format: NumberFormat) -> 
 def _best(rows: Tensor, trials: Iterator[Tensor], number_format: NumberFormat, p: float) -> Tensor:
     best = rows.new_ones(len(rows))
     least = torch.full_like(best, torch.inf)
+    # Errors count relative to the row's power of two: powers of huge and tiny ones would be
+    # infinite or zero.
+    peak = rows.abs().amax(dim=1).clamp(min=_SMALLEST)
+    unit = power_of_two(exponent_of(peak))[:, None]
+    rows = rows / unit
     for trial in trials:
-        scale = trial[:, None]
+        scale = trial[:, None] / unit
         rounded = round_in_place(rows / scale, number_format).mul_(scale)
         difference = rounded.sub_(rows)
         error = (difference.square_() if p == 2 else difference.abs_().pow_(p)).sum(dim=1)

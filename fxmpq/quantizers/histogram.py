@@ -11,6 +11,7 @@ _BINS = 4096
 _FIRST_BATCH_BINS = 2048
 _SAMPLED = 1 << 18
 _SUMMED_AT_ONCE = 1 << 16  # stays in the cache, also in double precision
+_SUMMED_ELSEWHERE = 1 << 24  # a GPU waits for the sums of each part
 _SMALLEST_WIDTH = float(torch.finfo(torch.float32).tiny)
 
 
@@ -80,7 +81,8 @@ class StreamingHistogram:
             raise FloatingPointError("NaN or infinite values")
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         self._grow(min(0.0, self.minimum), max(0.0, self.maximum))
-        for part in torch.split(flat, _SUMMED_AT_ONCE):
+        on_cpu = flat.device.type == "cpu"
+        for part in torch.split(flat, _SUMMED_AT_ONCE if on_cpu else _SUMMED_ELSEWHERE):
             self._sum(part.double())
         stride = _sampling_stride(flat.numel())
         sampled = flat[::stride]

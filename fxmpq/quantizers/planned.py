@@ -232,7 +232,7 @@ def planned_quantizer(
     """A quantizer that begins with the scales or the range of an active one.
 
     Args:
-        source: Its codes, if it has stored any, are left aside: codes do not train.
+        source: Its codes, if it has stored any, are not read: codes do not train.
         device: Where the steps belong.
     """
     found = source.active

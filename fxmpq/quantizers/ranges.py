@@ -215,7 +215,9 @@ def _search(
     low, high = _span(histogram)
     if low == high:
         return ActivationRange(1.0, 0)
-    best, least = (0.0, 0.0), float("inf")
+    whole = minmax(histogram, number_format)
+    # Kept where every loss is infinite, as of a large norm or of one value in a float format.
+    best, least = (whole.scale, float(whole.zero_point)), float("inf")
 
     def attempt(scales: Tensor, zero_points: Tensor) -> int:
         nonlocal best, least

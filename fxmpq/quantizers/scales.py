@@ -20,6 +20,7 @@ from fxmpq.quantizers.floating import (
 _E8M0_BIAS = 127
 _SMALLEST = float(torch.finfo(torch.float32).tiny)
 _LARGEST_POWER = 2.0**127
+_LARGEST_E4M3 = 0x7E  # the code of 448
 
 
 def scale_shape(
@@ -135,6 +136,35 @@ def storable_scale(scale: Tensor, number_format: NumberFormat) -> Tensor:
     if kind is ScaleKind.E4M3 and scale.numel():
         return round_to_e4m3_scale(scale, e4m3_tensor_scale(scale))
     return scale
+
+
+def storable_scale_above(scale: Tensor, number_format: NumberFormat) -> Tensor:
+    """The smallest scales that the format stores and that are not below the given ones.
+
+    Args:
+        scale: Positive, any shape.
+        number_format: Whose `scale_kind` counts.
+
+    Returns:
+        `float32` like `scale`; the largest that can be stored where there is none above.
+
+    Examples:
+        >>> from fxmpq.formats import Precision
+        >>> storable_scale_above(torch.tensor([0.25, 0.3]), Precision.parse("we2m1b32").weight)
+        tensor([0.2500, 0.5000])
+    """
+    kind = number_format.scale_kind
+    nearest = storable_scale(scale, number_format)
+    if kind is ScaleKind.FLOAT32 or not scale.numel():
+        return nearest
+    if kind is ScaleKind.E8M0:
+        next_larger = (2 * nearest).clamp(max=_LARGEST_POWER)
+    else:
+        tensor_scale = e4m3_tensor_scale(scale)
+        codes = float_codes(nearest / tensor_scale, Scheme.E4M3)
+        # Codes of positive floats ascend, and the tensor's scale reaches its largest.
+        next_larger = float_values((codes + 1).clamp(max=_LARGEST_E4M3), Scheme.E4M3) * tensor_scale
+    return torch.where(nearest < scale, next_larger, nearest)
 
 
 def round_to_e4m3_scale(scale: Tensor, tensor_scale: Tensor) -> Tensor:

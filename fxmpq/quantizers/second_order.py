@@ -184,6 +184,33 @@ def descend_codes(
     return codes
 
 
+def fitted_scale(form: Quadratic, weight: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """For each channel the one scale with which its codes lose least.
+
+    `f(s q - w)` is a parabola in `s` with its minimum at `q (H w + R) / (q H q)`. A channel whose
+    best scale is not positive, or whose codes change nothing, keeps the scale it has.
+
+    Args:
+        form: The error to lower.
+        weight: The float weight from which changes are counted, `[groups, channels, weights]`.
+        codes: In the weight's shape and dtype.
+        scale: The present scales, `[groups, channels, 1]`.
+
+    Returns:
+        Scales like `scale`.
+
+    Examples:
+        >>> form = Quadratic(torch.eye(2)[None], torch.zeros(1, 1, 2))
+        >>> weight, codes = torch.tensor([[[0.5, 1.5]]]), torch.tensor([[[0.0, 1.0]]])
+        >>> fitted_scale(form, weight, codes, torch.ones(1, 1, 1))
+        tensor([[[1.5000]]])
+    """
+    wanted = ((weight @ form.second + form.cross) * codes).sum(2, keepdim=True)
+    power = ((codes @ form.second) * codes).sum(2, keepdim=True)
+    best = wanted / power
+    return torch.where((power > 0) & torch.isfinite(best) & (best > 0), best, scale)
+
+
 def best_codes(
     form: Quadratic, weight: Tensor, codes: Tensor, others: Iterable[Tensor], grid: Grid
 ) -> Tensor:

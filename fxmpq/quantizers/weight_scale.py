@@ -13,7 +13,7 @@ from fxmpq.quantizers.block_scale import block_scales, unit_scale
 from fxmpq.quantizers.codes import round_in_place
 from fxmpq.quantizers.rule import Rule, RuleOption
 from fxmpq.quantizers.scale_refinement import refine_scales
-from fxmpq.quantizers.scales import scale_rows, scale_shape
+from fxmpq.quantizers.scales import scale_rows, scale_shape, storable_scale_above
 
 _BINS = 2048
 _STEPS = 96
@@ -135,10 +135,10 @@ def _error_table(
 def minmax_weight_scales(
     weight: Tensor, formats: Sequence[NumberFormat], axis: int
 ) -> list[Tensor]:
-    """The smallest scales at which no weight is clipped.
+    """The smallest scales that can be stored at which no weight is clipped.
 
     `max(max(w_r) / qmax, min(w_r) / qmin)` for integers, whose negative half reaches further, and
-    `max|w_r|` over the largest finite value for floats.
+    `max|w_r|` over the largest finite value for floats; E8M0 and E4M3 scales are rounded up.
 
     Args:
         weight: Any shape of at least one dimension.
@@ -157,7 +157,7 @@ def minmax_weight_scales(
         rows = scale_rows(weight.detach(), axis, entry.granularity).float()
         shape = scale_shape(weight.shape, axis, entry.granularity)
         scale = rows.new_ones(len(rows)) if not rows.numel() else _unclipped(rows, entry)
-        found.append(scale.reshape(shape))
+        found.append(storable_scale_above(scale, entry).reshape(shape))
     return found
 
 

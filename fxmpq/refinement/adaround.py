@@ -89,11 +89,11 @@ def adaround(
     et al. 2020, arXiv:2004.10568). Since `f` is a quadratic form, known from second moments that
     one pass over the inputs gathers, every step sees all samples and takes one matrix product.
 
-    Training starts at the present codes, such as those that `gptq` found, wherever they are one of
-    a weight's two neighbours. Every 50 steps the hard codes are compared with the best so far,
-    channel by channel, the present ones first of all: so it never does worse than these, which
-    the plain method may. Layers come in graph order, each on what earlier ones became; float
-    formats and embeddings stay as they are.
+    Training starts at the present codes, such as those that `gptq` found. One that is no neighbour
+    of its weight is paired with the next one on the weight's side. Every 50 steps the hard codes
+    are compared with the best so far, channel by channel, the present ones first of all: so it
+    never does worse than these, which the plain method may. Layers come in graph order, each on
+    what earlier ones became; float formats and embeddings stay as they are.
 
     Args:
         graph: With chosen precisions; codes and bias shifts are changed.
@@ -122,7 +122,7 @@ def learned_codes(problem: RoundingProblem, schedule: Schedule) -> Iterator[Tens
     """The codes that training has come to every 50 steps, and in the end.
 
     Args:
-        problem: Training starts at its codes, where they are one of a weight's two neighbours.
+        problem: Training starts at its codes.
         schedule: How to train.
 
     Yields:

@@ -50,13 +50,21 @@ def bias_correction(
                 f"bias_correction {view.node.name}",
                 graph,
                 view.modules,
-                partial(_correct, view),
+                partial(correct_bias, view),
             )
             found.append(Refinement("bias_correction", view.layer.name, before, after))
     return found
 
 
-def _correct(view: LayerView) -> tuple[float, float]:
+def correct_bias(view: LayerView) -> tuple[float, float]:
+    """Make the mean of one layer's output per channel what it is in the float model.
+
+    Args:
+        view: A layer whose bias can be corrected; its shift is changed.
+
+    Returns:
+        Relative squared error of its output before and after.
+    """
     statistics = channel_statistics(view)
     shift = statistics.error_mean.float()
     before = view.quantized_bias

@@ -12,11 +12,15 @@ from torch.nn import functional
 
 from fxmpq.errors import FxmpqError
 from fxmpq.graph.batches import Batch, flat_inputs
-from fxmpq.graph.run import float_outputs
 from fxmpq.graph.state import Refinement, require
 from fxmpq.refinement.best_seen import BestSeen
 from fxmpq.refinement.norm_reestimation import has_channel_scales
-from fxmpq.refinement.outputs import FloatInterpreter, model_outputs, output_error
+from fxmpq.refinement.outputs import (
+    FloatInterpreter,
+    checked_outputs,
+    model_outputs,
+    output_error,
+)
 from fxmpq.refinement.units import Units
 from fxmpq.refinement.views import QuantizedLayer
 
@@ -61,15 +65,16 @@ def bias_tuning(
         epochs: How often every batch is trained on, at least 1.
         learning_rate: Of Adam, positive.
         scales: Whether scales per channel are trained too.
-        loss: `kl`, `mse`, or `None` for `kl` where an output is a matrix of samples and at least
-            two classes, else `mse`.
+        loss: `kl`, of the first output with classes that the plan changes; `mse`; or `None` for
+            `kl` where that is a matrix of samples and at least two classes, else `mse`.
         seed: Of the batches' order.
 
     Returns:
         One entry for the whole model; none if no quantized layer has a bias.
 
     Raises:
-        FxmpqError: If an option has no legal value, or the loss is `kl` and no output has classes.
+        FxmpqError: If an option has no legal value, the loss is `kl` and no output has classes,
+            or the model returns no floating-point tensor.
     """
     _check(epochs, learning_rate, loss)
     layers = _layers(graph)
@@ -80,7 +85,8 @@ def bias_tuning(
     def compute() -> tuple[float, float]:
         recorder = _Recorder(graph, layers)
         expected = [recorder.outputs(batch) for batch in batches]
-        training = _Training(graph, batches, expected, _loss_of(loss, expected))
+        planned = model_outputs(graph, batches[0], quantized=True)
+        training = _Training(graph, batches, expected, _loss_of(loss, expected, planned))
         parameters = _biases(layers, recorder) + (_scales(layers) if scales else [])
         before = output_error(graph, batches, expected)
         best = BestSeen(graph, modules, training.evaluate())
@@ -142,7 +148,7 @@ class _Recorder(FloatInterpreter):
         """The float model's outputs."""
         with torch.no_grad():
             inputs = flat_inputs(self._graph, batch)
-            return float_outputs(self.run(*inputs, enable_io_processing=False))
+            return checked_outputs(self.run(*inputs, enable_io_processing=False))
 
     def magnitude(self, layer: QuantizedLayer) -> float:
         """Root mean square of a layer's output over what was run; 1 if it is all zeros."""
@@ -264,17 +270,18 @@ class _Training:
         return self._compare(found, self._expected[index])
 
 
-def _loss_of(name: str | None, expected: Sequence[Outputs]) -> Loss:
+def _loss_of(name: str | None, expected: Sequence[Outputs], planned: Outputs) -> Loss:
     """The loss that was asked for, or that suits the outputs; a sum over samples."""
     ranks = range(1, 8) if name == "kl" else (2,)
     logits = [i for i, y in enumerate(expected[0]) if y.dim() in ranks and y.shape[-1] > 1]
+    logits = [i for i in logits if not torch.equal(planned[i], expected[0][i])]
     if name != "mse" and logits:
         return partial(_divergence, position=logits[0])
     if name == "kl":
         shapes = ", ".join(str(list(output.shape)) for output in expected[0])
         raise FxmpqError(
-            f"the loss 'kl' needs an output with at least two classes in its last dimension; found "
-            f"{shapes}; loss='mse' takes any"
+            "the loss 'kl' needs an output that the plan changes, with at least two classes in its "
+            f"last dimension; found {shapes}; loss='mse' takes any"
         )
     power = sum(float(output.square().sum()) for batch in expected for output in batch)
     return partial(_squared_error, power=power or 1.0)

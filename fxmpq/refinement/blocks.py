@@ -43,8 +43,8 @@ def find_blocks(graph: fx.GraphModule) -> list[Block]:
         graph: A prepared graph.
 
     Returns:
-        The blocks in graph order, each with a layer in it but for a graph without layers;
-        together they hold every node but the output.
+        The blocks in graph order; together they hold every node but the output. Each has a layer
+        in it, but for a last one of what the model returns without any.
     """
     layers = {
         layer.node for group in require(graph, stage="prepared").groups for layer in group.layers

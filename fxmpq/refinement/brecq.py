@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from fxmpq.errors import FxmpqError, closest
 from fxmpq.graph.batches import Batch
-from fxmpq.graph.state import Refinement
+from fxmpq.graph.state import Refinement, require
 from fxmpq.quantizers.modules import ActivationQuantizer
 from fxmpq.refinement.best_seen import BestSeen
 from fxmpq.refinement.blocks import Block, find_blocks
@@ -106,11 +106,10 @@ def brecq(
     if weighting not in (*WEIGHTINGS, NONE):
         legal = closest(weighting, [*WEIGHTINGS, NONE])
         raise FxmpqError(f"no weighting {weighting!r}; there are {legal}")
-    blocks = find_blocks(graph)
+    nodes = _outputs(graph)
 
     @cache
     def weights() -> Mapping[fx.Node, Sequence[Tensor]]:
-        nodes = [block.output for block in blocks]
         return fisher_weights(graph, batches, nodes, weighting=weighting, seed=seed)
 
     done = []
@@ -131,6 +130,14 @@ def brecq(
         before, after = units.unit(f"brecq {view.name}", graph, names, compute)
         done.append(Refinement("brecq", view.name, before, after))
     return done
+
+
+def _outputs(graph: fx.GraphModule) -> list[fx.Node]:
+    """What the blocks with a layer compute."""
+    groups = require(graph, stage="calibrated").groups
+    layers = {layer.node for group in groups for layer in group.layers}
+    blocks = find_blocks(graph)
+    return [block.output for block in blocks if any(node.name in layers for node in block.nodes)]
 
 
 def _trainable(layers: Sequence[QuantizedLayer], seen: set[str]) -> list[QuantizedLayer]:

@@ -51,7 +51,7 @@ def descend(
     """Minimise a loss over random batches by Adam, and leave the best state seen in the modules.
 
     The rates fall to zero along half a cosine. The first check comes after an eighth of the
-    steps, the last one at the end.
+    steps, the last one at the end. It ends where the loss is no finite number any more.
 
     Args:
         rates: Variables, each with its rate; those of rate 0 are not trained.
@@ -74,7 +74,10 @@ def descend(
         order = order or torch.randperm(batches, generator=generator).tolist()
         optimizer.zero_grad()
         with torch.enable_grad():
-            torch.autograd.backward(loss(order.pop(), (step - 1) / steps))
+            found = loss(order.pop(), (step - 1) / steps)
+            if not bool(torch.isfinite(found)):
+                break
+            torch.autograd.backward(found)
         optimizer.step()
         schedule.step()
         if step in checks:

@@ -9,8 +9,7 @@ from torch import Tensor, fx
 
 from fxmpq.errors import FxmpqError, closest
 from fxmpq.graph.batches import Batch, flat_inputs
-from fxmpq.graph.run import float_outputs
-from fxmpq.refinement.outputs import FloatInterpreter
+from fxmpq.refinement.outputs import FloatInterpreter, checked_outputs
 
 WEIGHTINGS = ("outputs", "labels")
 """What errors may be weighted by: all of the model's output, or its own loss alone."""
@@ -26,10 +25,10 @@ def fisher_weights(
 ) -> dict[fx.Node, list[Tensor]]:
     """Squared gradients of the float model at some values: how much errors there matter.
 
-    For values `z` and the model's first floating-point output `y`, it returns the mean of
-    `(dL/dz)^2` over the first dimension, the samples. (One weight for each sample and value, as
-    in BRECQ, took a batch's size times the memory and measured no better.) With
-    `outputs`, `L = sum(r * y)` with random signs `r`: the expectation is the diagonal of the
+    For values `z` and the model's first floating-point output `y` that depends on layers, it
+    returns the mean of `(dL/dz)^2` over the first dimension, the samples. (One weight for each
+    sample and value, as in BRECQ, took a batch's size times the memory and measured no better.)
+    With `outputs`, `L = sum(r * y)` with random signs `r`: the expectation is the diagonal of the
     Gauss-Newton matrix of `||y' - y||^2 / 2`. With `labels`, `L` is the cross entropy to labels
     drawn from `softmax(y)`, the last dimension being classes: the expectation is the diagonal of
     the Fisher information, which says little of samples that the model is sure of. Neither
@@ -48,7 +47,7 @@ def fisher_weights(
         backward pass.
 
     Raises:
-        FxmpqError: If the model returns no floating-point tensor, or there is no such weighting.
+        FxmpqError: If the model returns no such output, or there is no such weighting.
     """
     if weighting not in WEIGHTINGS:
         raise FxmpqError(f"no weighting {weighting!r}; there are {closest(weighting, WEIGHTINGS)}")
@@ -58,7 +57,7 @@ def fisher_weights(
         with torch.enable_grad():
             runner = _Keeping(graph, nodes)
             outputs = runner.run(*flat_inputs(graph, batch), enable_io_processing=False)
-            loss = _own_loss(float_outputs(outputs), weighting, generator)
+            loss = _own_loss(_answer(outputs), weighting, generator)
             values = [runner.kept[node] for node in nodes]
             # A value that the first output does not read has no say in it.
             gradients = torch.autograd.grad(loss, values, allow_unused=True, materialize_grads=True)
@@ -67,13 +66,18 @@ def fisher_weights(
     return {node: found.per_batch() for node, found in means.items()}
 
 
-def _own_loss(outputs: Sequence[Tensor], weighting: str, generator: torch.Generator) -> Tensor:
-    if not outputs:
+def _answer(outputs: object) -> Tensor:
+    """The first floating-point output that what is weighted has a part in."""
+    found = next((output for output in checked_outputs(outputs) if output.requires_grad), None)
+    if found is None:
         raise FxmpqError(
-            "the model returns no floating-point tensor, so nothing says which errors matter; "
-            "weigh none of them"
+            "no floating-point output of the model depends on its layers, so nothing says which "
+            "errors matter; weigh none of them, with weighting='none'"
         )
-    output = outputs[0]
+    return found
+
+
+def _own_loss(output: Tensor, weighting: str, generator: torch.Generator) -> Tensor:
     if weighting == "labels":
         rows = output.reshape(-1, output.shape[-1])
         chances = rows.detach().float().softmax(dim=1).cpu()

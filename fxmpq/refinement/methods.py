@@ -51,8 +51,8 @@ METHODS: Mapping[str, Method] = {
 }
 
 RECIPES: Mapping[str, tuple[str, ...]] = {
-    "light": ("gptq", "norm_reestimation"),
-    "advanced": ("gptq", "brecq", "bias_tuning"),
+    "light": ("gptq",),
+    "advanced": ("equalization", "gptq"),
 }
 
 

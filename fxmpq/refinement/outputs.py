@@ -7,9 +7,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
+from fxmpq.errors import FxmpqError
 from fxmpq.graph.batches import Batch, flat_inputs
 from fxmpq.graph.run import float_outputs
 from fxmpq.refinement.relative_error import relative_error
+
+
+def checked_outputs(outputs: object) -> list[Tensor]:
+    """The floating-point tensors among a graph's outputs, of which there has to be one.
+
+    Args:
+        outputs: What the output node holds.
+
+    Raises:
+        FxmpqError: If there is none.
+    """
+    found = float_outputs(outputs)
+    if not found:
+        raise FxmpqError(
+            "the model returns no floating-point tensor, so nothing says which errors matter; "
+            "return the logits or features too, or refine layer by layer, with 'gptq' or 'light'"
+        )
+    return found
 
 
 class FloatInterpreter(fx.Interpreter):
@@ -37,9 +56,12 @@ def model_outputs(graph: fx.GraphModule, batch: Batch, *, quantized: bool) -> li
 
     Returns:
         In the order of the model's outputs.
+
+    Raises:
+        FxmpqError: If there are none.
     """
     runner = fx.Interpreter(graph) if quantized else FloatInterpreter(graph)
-    return float_outputs(runner.run(*flat_inputs(graph, batch), enable_io_processing=False))
+    return checked_outputs(runner.run(*flat_inputs(graph, batch), enable_io_processing=False))
 
 
 def output_error(

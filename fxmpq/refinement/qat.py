@@ -39,9 +39,9 @@ def qat(
 
     Weights, biases and quantization steps learn together: a step for each scale of a weight and
     one for each activation, with the gradients of LSQ (Esser et al. 2020, arXiv:1902.08153), from
-    where calibration or an earlier refinement put them. Codes that were stored are left aside, as
-    codes do not train. Adam, one step a batch, its learning rates falling to 0 along a cosine;
-    the loss is
+    where calibration or an earlier refinement put them. Codes do not train: where a refinement
+    stored others than the nearest, as `gptq` does, the weight begins at what they stand for.
+    Adam, one step a batch, its learning rates falling to 0 along a cosine; the loss is
 
         (1 - distillation) * loss(model, batch) + distillation * KL(float logits || logits)
 

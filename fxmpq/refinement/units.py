@@ -107,7 +107,7 @@ class Units:
         key = f"{position} {name}"
         file = self._folder / f"unit_{position:04d}_{self._digest}.safetensors"
         if key in self._journal.done and file.exists():
-            _restore(graph, file)
+            _restore(graph, modules, file)
             return self._journal.done[key]
         numbers = compute()
         tensors = {
@@ -165,10 +165,10 @@ def set_quantizer_tensors(
         module.register_buffer(name, tensor.to(device))
 
 
-def _restore(graph: fx.GraphModule, file: Path) -> None:
-    """Give modules what a file holds of them."""
+def _restore(graph: fx.GraphModule, modules: Sequence[str], file: Path) -> None:
+    """Give modules what a file holds of them; one of which it holds nothing had nothing left."""
     try:
-        by_module: dict[str, dict[str, Tensor]] = {}
+        by_module: dict[str, dict[str, Tensor]] = {module: {} for module in modules}
         for name, tensor in load_file(file).items():
             module, _, leaf = name.rpartition("/")
             by_module.setdefault(module, {})[leaf] = tensor

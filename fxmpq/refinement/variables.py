@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,8 @@ from fxmpq.refinement.views import QuantizedLayer
 
 # How near to the middle between two codes a weight may start.
 _INSIDE = 0.49
+# Scales stay within a thousandth and a thousand times what they were.
+_LARGEST_CHANGE = math.log(1e3)
 
 
 class FreeWeight:
@@ -59,7 +63,7 @@ class FreeWeight:
             self._quantizer.set_scale(self._format, self._new_scale().detach())
 
     def _new_scale(self) -> Tensor:
-        return self._scale * self.scale_change.exp()
+        return self._scale * _factor(self.scale_change)
 
     def _codes(self) -> tuple[Tensor, Tensor]:
         axis, granularity = self._quantizer.axis, self._format.granularity
@@ -131,7 +135,7 @@ class LearnedRange:
     def _grid(self) -> tuple[Tensor, Tensor]:
         low, high = self._format.qmin, self._format.qmax
         centre = self._start.zero_point + self.centre_change * (high - low) * self._is_centred
-        return self._start.scale * self.scale_change.exp(), centre.clamp(low, high)
+        return self._start.scale * _factor(self.scale_change), centre.clamp(low, high)
 
 
 class LearnedBias:
@@ -157,3 +161,7 @@ class LearnedBias:
     def write(self) -> None:
         """Store the bias as a shift."""
         self._layer.set_bias(self.value().detach())
+
+
+def _factor(change: Tensor) -> Tensor:
+    return change.clamp(-_LARGEST_CHANGE, _LARGEST_CHANGE).exp()

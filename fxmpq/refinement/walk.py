@@ -51,7 +51,7 @@ class Walk:
                 self._last_reader.update(dict.fromkeys(self._reads[node], node))
         placeholders = [node for node in self._nodes if node.op == "placeholder"]
         with torch.inference_mode(False):
-            given = [[_usable(leaf) for leaf in flat_inputs(graph, batch)] for batch in batches]
+            given = [[_detached(leaf) for leaf in flat_inputs(graph, batch)] for batch in batches]
         self._float: list[Values] = [dict(zip(placeholders, one, strict=True)) for one in given]
         self._quantized: list[Values] = [dict(found) for found in self._float]
 
@@ -188,9 +188,9 @@ class Walk:
         return found
 
 
-def _usable(leaf: object) -> object:
-    """An input that autograd can work with, wherever the user made it."""
-    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+def _detached(leaf: object) -> object:
+    """An input to which no gradients flow: a batch of the user's gets none."""
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _stored_nodes(

@@ -26,10 +26,10 @@ def describe_groups(graph: fx.GraphModule) -> Tree:
     """Show what a prepared graph can be quantized to, for the terminal.
 
     A branch for each group: its operator and the activation that the target fuses into it, its
-    candidates (the chosen one marked, once a plan is applied), the weights' size in float and in
-    fewest bits, and multiply-accumulates for one sample. Under it stand its layers, if there are
-    several, with why they share a precision, and the tensors that are stored quantized. The last
-    branch is what stays in float, by reason.
+    candidates (the chosen one as `>w4a8<`, once a plan is applied), the weights' size in float and
+    in fewest bits, and multiply-accumulates for one sample. Under it stand its layers, if there
+    are several, with why they share a precision, and the tensors that are stored quantized. The
+    last branch is what stays in float, by reason.
 
     Args:
         graph: From `prepare` or a later step.
@@ -71,7 +71,7 @@ def _heading(state: GraphState, quantized: Sequence[Group]) -> str:
 def _group_line(group: Group, nodes: Nodes, state: GraphState) -> str:
     chosen = state.choices.get(group.name)
     names = [
-        f"[reverse]{candidate}[/]" if str(candidate) == chosen else str(candidate)
+        f"[reverse]>{candidate}<[/]" if str(candidate) == chosen else str(candidate)
         for candidate in group.candidates
     ]
     smallest = min(group.candidates, key=lambda candidate: candidate.sort_key)

@@ -12,7 +12,7 @@ from torch import fx
 
 from fxmpq.errors import FxmpqError, closest
 from fxmpq.graph.batches import materialize
-from fxmpq.graph.state import require
+from fxmpq.graph.state import require, require_groups
 from fxmpq.identity import identity
 from fxmpq.journal import Journal, data_digest
 from fxmpq.quantizers.modules import ActivationQuantizer
@@ -83,8 +83,8 @@ def measure(
         What each group loses at each precision.
 
     Raises:
-        FxmpqError: If the method or an option is unknown, or the method needs a `loss` and has
-            none.
+        FxmpqError: If the graph has no groups, the method or an option is unknown, or the method
+            needs a `loss` and has none.
         CalibrationError: If there are no batches.
 
     Examples:
@@ -96,7 +96,7 @@ def measure(
         >>> found.value("0", "w8a8") < found.value("0", "w2a8")
         True
     """
-    require(graph, stage="calibrated")
+    require_groups(graph, stage="calibrated")
     check_method(method, options)
     found = materialize(batches)
     journal = None

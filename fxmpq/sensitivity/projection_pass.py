@@ -77,7 +77,9 @@ class ProjectionPass(fx.Interpreter):
             directions = draw_probes(flat, probes, seed=seed, first_sample=first_sample)
             for left, direction in zip(range(len(directions))[::-1], directions, strict=True):
                 self._rows = torch.zeros(self._samples, self._width)
-                torch.autograd.backward(flat, direction, retain_graph=left > 0)
+                # Outputs that no quantizer reaches suffer from none.
+                if flat.requires_grad:
+                    torch.autograd.backward(flat, direction, retain_graph=left > 0)
                 rows.append(self._rows)
                 self._rounded.clear()
             powers = flat.detach().double().square().sum(dim=1).cpu()

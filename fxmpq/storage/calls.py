@@ -55,7 +55,7 @@ def decode_call(found: object, placeholders: int) -> CallStructure:
         raise FileFormatError("a call is a tuple of arguments and a dict of keyword arguments")
     keywords = inputs.child(1).context
     for name in (*names, *keywords):
-        if identifier(name, "an argument").startswith("__"):
+        if identifier(name, "an argument").startswith("__") or name == "self":
             raise FileFormatError(f"an argument cannot be named {name!r}")
     taken = inputs.child(0).num_children + len(keywords)
     if taken != len(names) or inputs.num_leaves != placeholders:

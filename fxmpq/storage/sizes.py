@@ -122,9 +122,14 @@ class SizeReader:
         if isinstance(found, dict) and set(found) == {"dtype", "shape"}:
             dtype, shape = DTYPES.get(str(found["dtype"])), found["shape"]
             if dtype is not None and isinstance(shape, list):
-                sizes = [self._size(size) for size in shape]
-                return torch.empty(sizes, dtype=dtype, device="meta")
+                return self._tensor([self._size(size) for size in shape], dtype)
         raise FileFormatError(f"{str(found)[:80]!r} is no traced value")
+
+    def _tensor(self, shape: list[int | torch.SymInt], dtype: torch.dtype) -> Tensor:
+        try:
+            return torch.empty(shape, dtype=dtype, device="meta")
+        except Exception as error:
+            raise FileFormatError(f"{shape} is no shape of a tensor: {error}") from error
 
     def _size(self, found: object) -> int | torch.SymInt:
         if isinstance(found, int):
@@ -149,9 +154,13 @@ class SizeReader:
             raise FileFormatError(f"a size is raised to a power of {parts[1:]}")
         operands = [self._expression(part) for part in parts]
         try:
-            return _OPERATIONS[name](*operands)
+            made = _OPERATIONS[name](*operands)
         except Exception as error:
             raise FileFormatError(f"{name} of {operands} is no size: {error}") from error
+        # Powers of powers would grow without end.
+        if isinstance(made, sympy.Rational) and max(abs(made.p), made.q) >= _MOST:
+            raise FileFormatError(f"{name} of {operands} is too large for a size")
+        return made
 
 
 def _integer(found: object) -> int:

@@ -75,6 +75,8 @@ def _keep_weight(trained: fx.GraphModule, graph: fx.GraphModule, layer: Layer) -
     if isinstance(learned, PlannedQuantizer):
         quantizer.set_scale(learned.number_format, learned.step)
     weight = get_tensor(graph, layer.weight).detach()
+    # The scales of a float format stay what they were, and maybe where they were.
+    quantizer.to(weight.device)
     unused = [entry for entry in quantizer.formats if entry != quantizer.active]
     scales = mse_weight_scales(weight, unused, quantizer.axis)
     for number_format, scale in zip(unused, scales, strict=True):

@@ -13,6 +13,7 @@ from fxmpq.graph.attributes import get_tensor, set_tensor
 from fxmpq.graph.batches import graph_device
 from fxmpq.graph.state import GraphState, Layer, copy_graph, require
 from fxmpq.graph.switch import switch_group
+from fxmpq.quantizers.codes import dequantize, nearest_codes
 from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
 from fxmpq.quantizers.planned import planned_quantizer
 from fxmpq.training.trainable import own_parameters
@@ -42,10 +43,10 @@ def trainable_plan(graph: fx.GraphModule) -> fx.GraphModule:
     All its floating-point parameters are clones that require gradients. Quantizers that the plan
     uses become `PlannedQuantizer`s, beginning with the scales and ranges that they have: a step
     for each scale of a weight, one for an activation (`PassingQuantizer`s for float formats,
-    whose scales stay). A bias correction becomes part of its
-    layer's bias; where a layer has none, or shares it, the shift itself trains (`LearnedShift`).
-    Stored codes are left aside, as codes do not train: with them, the copy begins from the float
-    weights, rounded to nearest.
+    whose scales stay). A bias correction becomes part of its layer's bias; where a layer has
+    none, or shares it, the shift itself trains (`LearnedShift`). Codes do not train: a weight
+    whose stored codes are not the nearest ones, as after `gptq`, begins at the numbers that they
+    stand for.
 
     Batch norms are folded into the weights and dropout is gone, so training mode and evaluation
     mode are the same. It is called like the model. Every parameter takes part in every pass, as
@@ -123,11 +124,23 @@ def _let_weight_learn(graph: fx.GraphModule, layer: Layer) -> None:
     # A weight that two layers share has a learned one already.
     if not isinstance(quantizer, WeightQuantizer):
         return
+    _begin_at_codes(graph, layer.weight, quantizer)
     for number_format in quantizer.formats:
         quantizer.set_codes(number_format, None)
     if quantizer.active is not None:
         learned = planned_quantizer(quantizer, graph_device(graph))
         graph.add_submodule(layer.weight_quantizer, learned)
+
+
+def _begin_at_codes(graph: fx.GraphModule, name: str, quantizer: WeightQuantizer) -> None:
+    """Replace a weight by what its stored codes stand for, unless they are its nearest ones."""
+    found, weight = quantizer.active, get_tensor(graph, name)
+    stored = None if found is None else quantizer.stored_codes(found)
+    if found is None or stored is None or not isinstance(weight, nn.Parameter):
+        return
+    scale = quantizer.spread_scale(weight, found)
+    if not torch.equal(stored, nearest_codes(weight.detach(), scale, found)):
+        set_tensor(graph, name, nn.Parameter(dequantize(stored, scale, found)))
 
 
 def _let_biases_learn(graph: fx.GraphModule, state: GraphState) -> None:

@@ -66,6 +66,18 @@ def test_a_module_that_was_not_traced_is_an_error() -> None:
         flat_inputs(fx.symbolic_trace(nn.ReLU()), torch.ones(1))
 
 
+def test_tensors_of_inference_mode_come_as_ones_that_autograd_takes(
+    conv_graph: fx.GraphModule,
+) -> None:
+    with torch.inference_mode():
+        batch = torch.ones(2, 3, 16, 16)
+        assert flat_inputs(conv_graph, batch)[0] is batch
+    [found] = flat_inputs(conv_graph, batch)
+    assert isinstance(found, Tensor)
+    assert not found.is_inference()
+    assert torch.equal(found, batch)
+
+
 def test_keyword_arguments_come_in_any_order(
     bert_graph: fx.GraphModule, token_batches: list[dict[str, Tensor]]
 ) -> None:

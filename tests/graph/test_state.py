@@ -4,10 +4,14 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from fxmpq.calibration.calibrate import calibrate
+from fxmpq.costs.cost import cost
 from fxmpq.errors import FxmpqError, PrecisionError
 from fxmpq.formats import Precision
 from fxmpq.graph.prepare import insert_quantizers
-from fxmpq.graph.state import Group, copy_graph, node_shape, require, state_of
+from fxmpq.graph.state import Group, copy_graph, node_shape, require, require_groups, state_of
+from fxmpq.graph.trace import trace
+from fxmpq.sensitivity.measure import measure
 from fxmpq.targets.reference import REFERENCE
 
 
@@ -28,6 +32,17 @@ def test_a_missing_step_is_named(conv_graph: fx.GraphModule) -> None:
     assert require(prepared, stage="prepared").target == "reference"
     with pytest.raises(FxmpqError, match=r"call fxmpq.calibrate\(graph, batches\) first"):
         require(prepared, stage="calibrated")
+
+
+def test_nothing_to_quantize_is_told_before_measuring_and_solving() -> None:
+    graph = insert_quantizers(trace(nn.Hardswish(), torch.randn(2, 3)), REFERENCE.rules)
+    for stage in ("prepared", "traced"):
+        with pytest.raises(FxmpqError, match="the graph has nothing to quantize"):
+            require_groups(graph, stage=stage)
+    with pytest.raises(FxmpqError, match="the graph has nothing to quantize"):
+        cost(graph)
+    with pytest.raises(FxmpqError, match="the graph has nothing to quantize"):
+        measure(calibrate(graph, [torch.randn(2, 3)], progress=False), [])
 
 
 def test_a_copy_shares_tensors_and_nothing_else(

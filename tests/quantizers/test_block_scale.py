@@ -98,3 +98,13 @@ def test_more_rows_than_are_searched_at_once() -> None:
 @pytest.mark.parametrize(("name", "expected"), [("w4b32", 0.75), ("we2m1b32", 1.0)])
 def test_searches_begin_at_the_largest_number(name: str, expected: float) -> None:
     assert float(unit_scale(torch.tensor(6.0), weight_format(name))) == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("power", [2.0**-90, 2.0**100])
+def test_huge_and_tiny_rows_are_searched_as_others(name: str, power: float) -> None:
+    """Their squared errors would be zero or infinite in `float32`."""
+    rows, number_format = rows_of(6, count=20), weight_format(name)
+    assert torch.equal(
+        block_scales(rows * power, number_format), block_scales(rows, number_format) * power
+    )

@@ -281,3 +281,25 @@ def test_float_formats_have_a_scale_and_no_zero_point(rule: str, name: str) -> N
     error = fake_quantize_float(values, found.scale, number_format) - values
     largest = {"we4m3ae4m3": 0.03, "we4m3ae5m2": 0.06, "we2m1ae2m1": 0.5}[name]
     assert float(error.norm() / values.norm()) < largest
+
+
+@pytest.mark.parametrize("rule", RANGES)
+@pytest.mark.parametrize("name", ["we4m3ae4m3", "we4m3ae5m2", "we2m1ae2m1", "w8a8", "w8a2"])
+@pytest.mark.parametrize("value", [1.0, -0.1, 3e37])
+def test_a_tensor_of_one_value_keeps_it(rule: str, name: str, value: float) -> None:
+    number_format = Precision.parse(name).activation
+    assert number_format is not None
+    found = RANGES[rule].find(histogram_of([value] * 9), number_format)
+    values = torch.full((9,), value)
+    quantized = (
+        fake_quantize_activation(values, found.scale, found.zero_point, number_format)
+        if number_format.is_integer
+        else fake_quantize_float(values, found.scale, number_format)
+    )
+    # The search meets the middle of a bin, half a 2048th of the range off.
+    assert torch.allclose(quantized, values, rtol=1e-3)
+
+
+def test_a_norm_beyond_double_precision_takes_the_whole_range() -> None:
+    histogram = histogram_of([-1e3, 2e3])
+    assert mse(histogram, affine(2), p=400.0) == minmax(histogram, affine(2))

@@ -19,6 +19,7 @@ from fxmpq.quantizers.scales import (
     scale_shape,
     spread_scale,
     storable_scale,
+    storable_scale_above,
     unpack_scale,
 )
 
@@ -141,3 +142,26 @@ def test_a_weight_of_no_values_has_no_scales(name: str) -> None:
     shape = scale_shape((0, 4), 0, number_format.granularity)
     assert shape[0] == 0
     assert storable_scale(torch.zeros(shape), number_format).numel() == 0
+
+
+@given(positive, st.sampled_from([MX, NV]))
+def test_a_scale_rounded_up_is_the_smallest_that_is_not_below(
+    drawn: list[float], number_format: NumberFormat
+) -> None:
+    scale = torch.tensor(drawn)
+    found = storable_scale_above(scale, number_format)
+    assert bool((found >= scale).all())
+    assert torch.equal(storable_scale(found, number_format), found)
+    if number_format is MX:
+        assert bool((found / 2 < scale).all())
+        return
+    numbers = torch.arange(1, 127).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    stored = numbers * e4m3_tensor_scale(scale)
+    expected = torch.stack([stored[stored >= entry].amin() for entry in scale])
+    assert torch.equal(found, expected)
+
+
+def test_float32_scales_are_their_own_bounds() -> None:
+    assert torch.equal(
+        storable_scale_above(torch.tensor([0.3]), NumberFormat(4)), torch.tensor([0.3])
+    )

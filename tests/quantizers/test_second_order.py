@@ -15,6 +15,7 @@ from fxmpq.quantizers.second_order import (
     best_codes,
     descend_codes,
     feedback_codes,
+    fitted_scale,
 )
 
 
@@ -200,3 +201,25 @@ def test_of_equal_codes_the_first_are_kept() -> None:
     first, other = torch.zeros(1, 1, 2), torch.ones(1, 1, 2)
     grid = Grid(torch.ones(1, 1, 1), -2, 1)
     assert torch.equal(best_codes(form, first, first, [other], grid), first)
+
+
+@given(st.integers(0, 10_000))
+def test_the_fitted_scale_is_the_bottom_of_the_parabola(seed: int) -> None:
+    form, weight, grid = problem(seed, bits=3)
+    codes = grid.nearest(weight)
+    fitted = fitted_scale(form, weight, codes, grid.scale)
+    assert (fitted > 0).all()
+    least = form.values(codes * fitted - weight)
+    assert (least <= form.values(codes * grid.scale - weight) + 1e-9).all()
+    moved = fitted != grid.scale
+    for factor in (0.99, 1.01):
+        higher = form.values(codes * fitted * factor - weight)
+        assert (higher[moved[:, :, 0]] >= least[moved[:, :, 0]]).all()
+
+
+def test_a_channel_that_no_positive_scale_helps_keeps_its_own() -> None:
+    form = Quadratic(torch.eye(2)[None], torch.zeros(1, 3, 2))
+    weight = torch.tensor([[[1.0, 1.0], [1.0, 1.0], [2.0, 2.0]]])
+    codes = torch.tensor([[[-1.0, -1.0], [0.0, 0.0], [1.0, 1.0]]])
+    found = fitted_scale(form, weight, codes, torch.full((1, 3, 1), 0.5))
+    assert found.flatten().tolist() == [0.5, 0.5, 2.0]

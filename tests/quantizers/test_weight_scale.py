@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxmpq.formats import NumberFormat, Precision
+from fxmpq.quantizers.floating import float_layout
 from fxmpq.quantizers.integer import dequantize_weight, weight_codes
 from fxmpq.quantizers.modules import WeightQuantizer
 from fxmpq.quantizers.scales import scale_rows, scale_shape
@@ -174,6 +175,19 @@ def test_minmax_clips_nothing_and_is_the_smallest_that_does(
     )
     vanishing = weight.abs().amax(dim=1) < 1e-30
     assert torch.allclose(reaches[~vanishing], torch.ones(()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["we2m1b16", "we2m1b32", "we4m3b32", "we5m2b32", "we2m1b8"])
+def test_minmax_clips_nothing_with_the_scales_that_are_stored(name: str) -> None:
+    number_format = Precision.parse(name).weight
+    assert number_format is not None
+    weight = weights("normal")
+    quantizer = WeightQuantizer("w", [number_format], 0)
+    quantizer.set_scale(number_format, minmax_weight_scales(weight, [number_format], 0)[0])
+    units = weight / quantizer.spread_scale(weight, number_format)
+    largest = float_layout(number_format.scheme).largest
+    assert float(units.abs().max()) <= largest * (1 + 1e-6)
+    assert float(units.abs().max()) > largest / 2
 
 
 def test_a_larger_exponent_clips_less() -> None:

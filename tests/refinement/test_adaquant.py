@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmpq.errors import FxmpqError
+from fxmpq.formats import NumberFormat
 from fxmpq.graph.state import Refinement, copy_graph, require
 from fxmpq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 from fxmpq.refinement import adaquant as module
 from fxmpq.refinement.adaquant import adaquant
 from fxmpq.refinement.best_seen import BestSeen
+from fxmpq.refinement.channel_statistics import channel_statistics
 from fxmpq.refinement.units import Units, quantizer_tensors
 from fxmpq.refinement.walk import Walk
 
@@ -38,21 +40,20 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_no_layer_gets_worse_and_each_weight_comes_once(subject: Any) -> None:
+def test_no_layer_gets_worse_and_every_bias_that_can_be_trained_is(subject: Any) -> None:
     graph = copy_graph(subject.planned)
     weights = {name: value.clone() for name, value in graph.named_parameters()}
     done = run(graph, subject.batches, steps=3)
     assert done
     assert all(entry.method == "adaquant" and entry.after <= entry.before for entry in done)
-    owners = {}
-    for group in require(graph, stage="calibrated").groups:
-        for layer in group.layers:
-            quantizer = layer.weight_quantizer and graph.get_submodule(layer.weight_quantizer)
-            if quantizer and quantizer.active is not None:
-                owners.setdefault(layer.weight, layer)
-    expected = {layer.name for layer in owners.values() if layer.kind != "embedding"}
-    assert {entry.layer for entry in done} == expected
-    assert len(done) == len(expected)
+    expected = [
+        layer.name
+        for group in require(graph, stage="calibrated").groups
+        for layer in group.layers
+        if layer.bias_correction is not None
+        and graph.get_submodule(layer.bias_correction).active is not None
+    ]
+    assert sorted(entry.layer for entry in done) == sorted(expected)
     assert all(torch.equal(value, weights[name]) for name, value in graph.named_parameters())
 
 
@@ -64,6 +65,49 @@ def test_embeddings_and_what_is_tied_to_them_stay(subject_of: Callable[[str], An
     assert isinstance(quantizer, WeightQuantizer)
     assert quantizer.active is not None
     assert quantizer.stored_codes(quantizer.active) is None
+
+
+class Shared(nn.Module):
+    """A layer that is called three times, and one whose bias is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shared, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for _ in range(3):
+            x = x + self.shared(x).relu()
+        return nn.functional.linear(x, self.last.weight, self.last.bias * x.mean())
+
+
+def test_further_calls_get_their_bias_and_a_layer_with_a_computed_one_stays(
+    plan_of: Callable[..., Any],
+) -> None:
+    torch.manual_seed(0)
+    subject = plan_of(Shared(), [draw(32, 8), draw(16, 8, seed=1)], precisions=("w2a8",))
+    graph = copy_graph(subject.planned)
+    done = run(graph, subject.batches, steps=60)
+    assert [entry.layer for entry in done] == ["first", "shared", "shared#2", "shared#3"]
+    for view in Walk(graph, subject.batches).layers():
+        if not view.is_first:
+            assert float(channel_statistics(view).error_mean.abs().max()) < 1e-5
+    name = "quantizers.weight_last_weight"
+    assert graph.get_submodule(name).stored_codes(NumberFormat(2)) is None
+    assert not torch.equal(graph(draw(4, 8)), subject.planned(draw(4, 8)))
+
+
+@pytest.mark.parametrize("rate", ["range_rate", "scale_rate", "weight_rate"])
+def test_a_rate_that_is_far_too_high_changes_nothing(
+    rate: str, plan_of: Callable[..., Any]
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    subject = plan_of(model, [draw(24, 6)], precisions=("w3a8",))
+    before = state(subject.planned)
+    done = run(subject.planned, subject.batches, steps=16, **{rate: 1e6})
+    assert all(entry.after == entry.before for entry in done)
+    assert state(subject.planned) == before
 
 
 def test_it_takes_a_good_part_of_the_error_of_coarse_layers(plan_of: Callable[..., Any]) -> None:

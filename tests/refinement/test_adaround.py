@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def problem(seed: int) -> RoundingProblem:
     weight = draw(1, 5, 8)
     grid = Grid(torch.full((1, 5, 1), 0.6, dtype=torch.float64), -4, 3)
     form = Quadratic(second, torch.zeros_like(weight))
-    return RoundingProblem(form, weight, grid.nearest(weight), grid, NumberFormat(3))
+    return RoundingProblem(form, weight, grid.nearest(weight), grid, NumberFormat(3), False)
 
 
 def errors(found: RoundingProblem, codes: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ def test_the_penalty_s_exponent_falls_from_20_to_2_behind_the_warm_up() -> None:
 def test_inputs_that_never_vary_leave_the_codes() -> None:
     found = problem(1)
     form = Quadratic(0 * found.form.second, 0 * found.form.cross)
-    still = RoundingProblem(form, found.weight, found.codes, found.grid, found.number_format)
+    still = replace(found, form=form)
     *_, last = learned_codes(still, Schedule(20, 0.01, 1e-9, 0.99))
     assert torch.isfinite(last).all()
 

@@ -146,6 +146,26 @@ def test_the_loss_suits_the_outputs(subject_of: Callable, plan_of: Callable) -> 
         tune(single, batches, loss="kl")
 
 
+class Passes(nn.Module):
+    """Returns, before its logits, what no layer has a part in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * 2, self.layer(x)
+
+
+def test_outputs_that_the_plan_does_not_change_are_no_logits(plan_of: Callable) -> None:
+    torch.manual_seed(0)
+    model, batches = Passes(), [torch.randn(12, 4)]
+    tuned, [found] = tune(plan_of(model, batches, ("w2a8",)).planned, batches)
+    assert found.after < found.before
+    alone, _ = tune(plan_of(model.layer, batches, ("w2a8",)).planned, batches)
+    assert torch.equal(tuned(batches[0])[1], alone(batches[0]))
+
+
 def test_the_divergence_is_summed_over_the_last_dimension(subject_of: Callable) -> None:
     subject = subject_of("tied")
     tuned, _ = tune(subject.planned, subject.batches, loss="kl")

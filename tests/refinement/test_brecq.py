@@ -198,6 +198,31 @@ def test_tied_weights_belong_to_the_first_block(subject_of: Callable[[str], Any]
     assert quantizer.stored_codes(quantizer.active) is None
 
 
+class Passes(nn.Module):
+    """Returns, before what its inner model gives, what no layer has a part in."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return 2 * x, self.inner(x)
+
+
+def test_an_output_that_no_layer_has_a_part_in_weighs_nothing(plan_of: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    batches = [torch.randn(n, 6, generator=torch.Generator().manual_seed(n)) for n in (20, 9)]
+    plain, beside = (
+        run(plan_of(model, batches, ("w2a8",)).planned, batches, steps=4)
+        for model in (inner, Passes(inner))
+    )
+    assert [(entry.before, entry.after) for entry in beside] == [
+        (entry.before, entry.after) for entry in plain
+    ]
+    assert plain
+
+
 def test_seeds_give_the_same_bits(subject_of: Callable[[str], Any]) -> None:
     subject = subject_of("conv")
     found = []

@@ -110,6 +110,22 @@ def test_equal_runs_give_equal_bits_within_inference_mode_too(
     assert state_of(one).refinements == state_of(other).refinements
 
 
+def test_it_takes_batches_of_inference_mode_and_gives_none_a_gradient(
+    subject_of: Callable[[str], Subject], method: str
+) -> None:
+    subject = subject_of("conv")
+    expected = refine(subject, method)
+    with torch.inference_mode():
+        inferred = [batch.clone() for batch in subject.batches]
+    watched = [batch.clone().requires_grad_() for batch in subject.batches]
+    options = {"progress": False, "method": method, **QUICK[method]}
+    for batches in (inferred, watched):
+        assert_same(
+            contents(fxmpq.refine(subject.planned, None, batches, **options)), contents(expected)
+        )
+    assert all(batch.grad is None for batch in watched)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_an_interrupted_run_ends_with_the_same_bits(
     subject_of: Callable[[str], Subject], method: str, share: float, tmp_path: Path

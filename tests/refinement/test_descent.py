@@ -77,6 +77,20 @@ def test_a_rate_that_throws_it_out_leaves_what_was() -> None:
     assert bowl.error() == before == bowl.best.error
 
 
+def test_it_ends_where_the_loss_is_no_number_and_keeps_the_best() -> None:
+    bowl = Bowl()
+    loss = bowl.loss
+
+    def failing(batch: int, progress: float) -> Tensor:
+        return loss(batch, progress) * (math.nan if progress >= 0.5 else 1)
+
+    bowl.loss = failing  # type: ignore[method-assign]
+    bowl.descend(0.2, 40)
+    assert len(bowl.batches) == 21
+    assert bowl.x.isfinite()
+    assert bowl.error() == bowl.best.error == min(bowl.hardened) < 9
+
+
 def test_the_best_check_is_kept_not_the_last() -> None:
     bowl = Bowl(start=2.0)
     bowl.descend(1.0, 2)

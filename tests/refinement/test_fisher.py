@@ -106,8 +106,36 @@ class Decides(nn.Module):
 
 def test_a_model_without_float_outputs_is_refused(plan_of: Callable[..., Any]) -> None:
     subject = plan_of(Decides(), draws(4, 1))
-    with pytest.raises(FxmpqError, match="weigh none of them"):
+    with pytest.raises(FxmpqError, match="no floating-point tensor"):
         fisher_weights(subject.planned, subject.batches, outputs_of(subject.planned))
+
+
+class Passes(nn.Module):
+    """Returns, before what its inner model gives, what no layer has a part in."""
+
+    def __init__(self, inner: nn.Module, *, is_last: bool) -> None:
+        super().__init__()
+        self.inner, self.is_last = inner, is_last
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.inner(x)
+        return 2 * x, found.argmax(1) if self.is_last else found
+
+
+def test_an_output_that_no_layer_has_a_part_in_is_passed_over(plan_of: Callable[..., Any]) -> None:
+    inner, batches = two_layers(), draws(6, 2)
+    plain, first = (
+        plan_of(model, batches).planned for model in (inner, Passes(inner, is_last=False))
+    )
+    # The block behind the layers holds what is passed on alone.
+    expected, found = (
+        fisher_weights(graph, batches, outputs_of(graph)[:2]) for graph in (plain, first)
+    )
+    for wanted, weights in zip(expected.values(), found.values(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(wanted, weights, strict=True))
+    last = plan_of(Passes(inner, is_last=True), batches).planned
+    with pytest.raises(FxmpqError, match="depends on its layers.*weighting='none'"):
+        fisher_weights(last, batches, outputs_of(last)[:1])
 
 
 def test_an_unknown_weighting_is_refused(subject_of: Callable[[str], Any]) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmpq.errors import FxmpqError
+from fxmpq.formats import NumberFormat, Precision
 from fxmpq.graph.state import Refinement, copy_graph
 from fxmpq.refinement.gptq import gptq
 from fxmpq.refinement.units import Units
@@ -65,6 +66,31 @@ def test_sweeps_lower_the_error_of_plain_gptq(subject_of: Callable[[str], object
     assert sum(entry.after for entry in polished) < sum(entry.after for entry in plain)
 
 
+def test_fitted_scales_lower_the_error_at_two_bits(plan_of: Callable[..., object]) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    subject = plan_of(model, [correlated(64, 16, 2)], ("w2a8",))
+    graph, fitted = run(subject.planned, subject.batches, fits=2)
+    same, plain = run(subject.planned, subject.batches, fits=0)
+    assert fitted[0].after < 0.95 * plain[0].after
+    int2, name = NumberFormat(2), "quantizers.weight__0_weight"
+    before = subject.planned.get_submodule(name).scale(int2)
+    assert torch.equal(same.get_submodule(name).scale(int2), before)
+    assert not torch.equal(graph.get_submodule(name).scale(int2), before)
+
+
+@pytest.mark.parametrize("precision", ["w3ta8", "w3b8a8"])
+def test_scales_of_tensors_and_blocks_stay(precision: str, plan_of: Callable[..., object]) -> None:
+    torch.manual_seed(1)
+    subject = plan_of(nn.Sequential(nn.Linear(16, 8)), [correlated(64, 16, 2)], (precision,))
+    graph, found = run(subject.planned, subject.batches, fits=3)
+    wanted = Precision.parse(precision).weight
+    name = "quantizers.weight__0_weight"
+    expected = subject.planned.get_submodule(name).scale(wanted)
+    assert torch.equal(graph.get_submodule(name).scale(wanted), expected)
+    assert found[0].after < found[0].before
+
+
 def test_two_runs_are_the_same_to_the_bit(subject_of: Callable[[str], object]) -> None:
     subject = subject_of("conv")
     (first, found), (second, again) = (run(subject.planned, subject.batches) for _ in range(2))
@@ -94,3 +120,14 @@ def test_a_second_run_keeps_what_is_best(subject_of: Callable[[str], object]) ->
 def test_bad_options_are_refused_before_any_work(options: dict[str, float], message: str) -> None:
     with pytest.raises(FxmpqError, match=message):
         gptq(fx.GraphModule({}, fx.Graph()), [], units=Units(), **options)
+
+
+def test_a_damping_that_is_too_small_for_the_data_is_a_clear_error(
+    plan_of: Callable[..., object],
+) -> None:
+    torch.manual_seed(2)
+    # Six samples leave most of 40 directions without any variance.
+    subject = plan_of(nn.Linear(40, 3), [torch.randn(6, 40)], ("w3a8",))
+    run(subject.planned, subject.batches, damping=1e-4)
+    with pytest.raises(FxmpqError, match="damping=1e-14 is too little.*0.01 is enough"):
+        run(subject.planned, subject.batches, damping=1e-14)

@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from fxmpq.errors import FxmpqError
 from fxmpq.graph.run import float_outputs, run_batch
 from fxmpq.refinement.outputs import model_outputs, output_error
+from fxmpq.refinement.refine import refine
 
 Subject = Any
 
@@ -40,6 +43,29 @@ def test_gradients_flow_to_what_requires_them(subject_of: Callable) -> None:
     subject = subject_of("conv")
     batch = subject.batches[0].clone().requires_grad_()
     [found] = model_outputs(subject.planned, batch, quantized=True)
-    found.sum().backward()
-    assert batch.grad is not None
-    assert float(batch.grad.abs().sum()) > 0
+    # Not backward(), which would leave gradients in a graph that other tests use.
+    [gradient] = torch.autograd.grad(found.sum(), batch)
+    assert float(gradient.abs().sum()) > 0
+
+
+class Decides(nn.Module):
+    """Returns classes, not logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).argmax(-1)
+
+
+@pytest.mark.parametrize("method", ["equalization", "brecq", "bias_tuning"])
+def test_a_model_without_floating_point_outputs_is_a_clear_error(
+    method: str, plan_of: Callable
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), Decides())
+    subject = plan_of(model, [torch.randn(6, 5)])
+    with pytest.raises(FxmpqError, match="no floating-point tensor.*layer by layer, with 'gptq'"):
+        refine(subject.planned, None, subject.batches, method=method, progress=False)
+    refine(subject.planned, None, subject.batches, method="light", progress=False)

@@ -107,6 +107,17 @@ def test_without_labels_the_outputs_come_nearer_to_the_float_ones(
         assert error / power == pytest.approx(expected, rel=1e-6)
 
 
+def test_it_goes_on_from_an_earlier_refinement(
+    planned: fx.GraphModule, unlabelled: list[Tensor]
+) -> None:
+    refined = fxmpq.refine(planned, None, unlabelled, method="gptq", progress=False)
+    gentle = {"learning_rate": 1e-6, "step_rate": 1e-6}
+    _, [plain] = run(planned, unlabelled, distillation=1, **gentle)
+    _, [found] = run(refined, unlabelled, distillation=1, **gentle)
+    assert found.before < 0.7 * plain.before
+    assert found.after == pytest.approx(found.before, rel=0.05)
+
+
 def test_a_loss_that_is_not_read_drives_the_model_all_the_same(
     planned: fx.GraphModule, labelled: list[tuple[Tensor, Tensor]], unlabelled: list[Tensor]
 ) -> None:

@@ -7,12 +7,15 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from fxmpq.formats import NumberFormat
 from fxmpq.graph.state import Refinement, copy_graph
+from fxmpq.refinement.channel_statistics import channel_statistics
 from fxmpq.refinement.rounding import Rounding, RoundingProblem, round_layers
 from fxmpq.refinement.units import Units
 from fxmpq.refinement.views import LayerView
 from fxmpq.refinement.walk import Walk
 
+INT8 = NumberFormat(8)
 SUBJECTS = ["conv", "conv_onnxruntime", "bert", "vit", "tied", "two_inputs"]
 
 
@@ -55,7 +58,7 @@ def test_what_is_reported_is_the_error_of_the_outputs(
     rounded = [
         (view, error)
         for view, error in views(graph, subject.batches)
-        if view.is_first and view.operator.kind != "embedding"
+        if view.operator.kind != "embedding"
     ]
     assert [entry.layer for entry in found] == [view.layer.name for view, _ in rounded]
     for entry, (_, error) in zip(found, rounded, strict=True):
@@ -119,10 +122,24 @@ def test_channels_take_the_best_each_for_itself(subject_of: Callable[[str], obje
     assert moved == {False, True}
 
 
-def test_a_shared_weight_is_rounded_once(subject_of: Callable[[str], object]) -> None:
+def test_a_shared_weight_is_rounded_once_and_its_other_layers_get_their_biases(
+    subject_of: Callable[[str], object],
+) -> None:
     subject = subject_of("tied")
-    _, found = run(subject.planned, subject.batches, coin)
-    assert [entry.layer for entry in found] == ["twice"]
+    asked = 0
+
+    def propose(problem: RoundingProblem) -> Iterable[Tensor]:
+        nonlocal asked
+        asked += 1
+        return coin(problem)
+
+    graph, found = run(subject.planned, subject.batches, propose)
+    assert asked == 1
+    assert [entry.layer for entry in found] == ["twice", "twice#2", "embedding#2"]
+    assert graph.get_submodule("quantizers.weight_embedding_weight").stored_codes(INT8) is None
+    for view in Walk(graph, subject.batches).layers():
+        if view.operator.kind == "linear":
+            assert float(channel_statistics(view).error_mean.abs().max()) < 1e-5
 
 
 class ComputedBias(nn.Module):

@@ -191,6 +191,23 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: Any) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_unit_took_away_is_taken_away_again(
+    subject_of: Callable[[str], Subject], tmp_path: Path
+) -> None:
+    graph = copy_graph(subject_of("conv").planned)
+    view = next(Walk(graph, subject_of("conv").batches).layers())
+    correction, found = view.correction, view.number_format
+
+    def take_away() -> list[float]:
+        correction.set_shift(found, None)
+        return []
+
+    for _ in range(2):
+        correction.set_shift(found, torch.ones(len(view.weight)))
+        Units(tmp_path, RUN).unit("take away", graph, view.modules, take_away)
+        assert correction.shift(found) is None
+
+
 def test_a_unit_may_change_nothing(tmp_path: Path) -> None:
     graph = fx.GraphModule({}, fx.Graph())
     for _ in range(2):

@@ -83,6 +83,7 @@ def test_the_chosen_precision_is_marked(
     graph = uniform(calibrated(conv_graph, images))
     marked = [str(branch.label) for branch in describe_groups(graph).children]
     assert all(label.count("[reverse]") == 1 for label in marked)
+    assert all(line.count(">w") == 1 for line in lines(graph) if "  w" in line)
     unmarked = describe_groups(calibrated(conv_graph, images)).children
     assert not any("[reverse]" in str(branch.label) for branch in unmarked)
 

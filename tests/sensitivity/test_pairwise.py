@@ -133,7 +133,7 @@ def test_the_matrix_of_linear_paths_in_closed_form(
     gram[(groups[:, None] == groups) & ~np.eye(len(groups), dtype=bool)] = 0
     assert raw_matrix(parallel, inputs, "noise") == pytest.approx(gram, rel=1e-4, abs=1e-8)
     eigenvalues, vectors = np.linalg.eigh(gram)
-    assert eigenvalues[0] < -1e-4
+    assert eigenvalues[0] < -1e-5
     nearest = (vectors * eigenvalues.clip(min=0)) @ vectors.T
     assert found.pairs() == pytest.approx(nearest, rel=1e-4, abs=1e-8)
     assert (found.unit, found.method) == ("noise", "pairwise")

@@ -195,3 +195,14 @@ def _input_of(graph: fx.GraphModule, layer: Layer, x: Tensor) -> Tensor:
     node = next(node for node in graph.graph.nodes if node.name == layer.node)
     found: Tensor = interpreter.env[node.all_input_nodes[0]]
     return found
+
+
+def test_layers_that_all_stay_float_project_nothing(
+    conv_graph: fx.GraphModule, images: list[Tensor], calibrated: Planned
+) -> None:
+    graph = calibrated(conv_graph, images, exclude=["*"])
+    found = projected(graph, images)
+    assert {name: set(values) for name, values in found.values.items()} == {
+        group.name: {"fp32"} for group in state_of(graph).groups
+    }
+    assert not found.projections.any()

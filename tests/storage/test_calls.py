@@ -56,6 +56,7 @@ def test_a_graph_without_a_call_is_not_stored(conv_graph: fx.GraphModule) -> Non
         {"arguments": ["input_ids", "input_ids"]},
         {"arguments": ["input_ids", "x=__import__('os').system('true')"]},
         {"arguments": ["input_ids", "__class__"]},
+        {"arguments": ["input_ids", "self"]},
         {"arguments": ["input_ids", 3]},
         {"arguments": "ab"},
         {"inputs": "*"},

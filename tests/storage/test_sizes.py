@@ -137,6 +137,8 @@ def test_malformed_ranges_are_refused(ranges: object) -> None:
         {"size": ["eval", 1]},
         {"size": ["Pow", "s0", 9]},
         {"size": ["Pow", 10, ["Pow", 10, 8]]},
+        {"size": ["Pow", ["Pow", ["Pow", 10, 8], 8], 8]},
+        {"size": ["Pow", ["Pow", 10, 8], -8]},
         {"size": ["FloorDiv", "s0", 0]},
         {"size": ["Rational", 1, 0]},
         {"size": ["FloorDiv", "s0"]},
@@ -154,3 +156,10 @@ def test_malformed_ranges_are_refused(ranges: object) -> None:
 def test_malformed_values_are_refused(found: object) -> None:
     with pytest.raises(FileFormatError):
         SizeReader({"s0": [1, None]}).read(found)
+
+
+@pytest.mark.parametrize("least", [None, -1])
+def test_a_tensors_size_is_not_negative(least: int | None) -> None:
+    reader = SizeReader({"s0": [least, None]})
+    with pytest.raises(FileFormatError, match="is no shape of a tensor"):
+        reader.read({"dtype": "float32", "shape": ["s0"]})

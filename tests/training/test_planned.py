@@ -165,21 +165,36 @@ def test_a_layer_without_bias_and_correction_gets_one_that_begins_at_zero(
     assert not any(module.shift.any() for module in shifts)
 
 
-def test_stored_codes_are_left_aside(
-    calibrated: Planned, uniform: Planned, conv_graph: fx.GraphModule, images: list[Tensor]
+@pytest.mark.parametrize("names", [["w3a8"], ["we2m1a8"], ["w3b4a8"]])
+def test_a_weight_begins_where_its_codes_are(
+    names: list[str],
+    calibrated: Planned,
+    uniform: Planned,
+    conv_graph: fx.GraphModule,
+    images: list[Tensor],
 ) -> None:
-    nearest = uniform(calibrated(conv_graph, images))
+    candidates = [Precision.parse(name) for name in names]
+    nearest = uniform(calibrated(conv_graph, images, candidates=candidates))
     rounded = uniform(nearest)
-    for group in require(rounded, stage="calibrated").groups:
-        for layer in group.layers:
-            quantizer = rounded.get_submodule(str(layer.weight_quantizer))
-            assert isinstance(quantizer, WeightQuantizer)
-            assert quantizer.active is not None
-            codes = quantizer.codes(get_tensor(rounded, layer.weight), quantizer.active)
-            quantizer.set_codes(quantizer.active, codes.flip(-1))
+    layers = [
+        layer for group in require(rounded, stage="calibrated").groups for layer in group.layers
+    ]
+    *moved, kept = layers
+    for layer in layers:
+        quantizer = rounded.get_submodule(str(layer.weight_quantizer))
+        assert isinstance(quantizer, WeightQuantizer)
+        assert quantizer.active is not None
+        codes = quantizer.codes(get_tensor(rounded, layer.weight), quantizer.active)
+        quantizer.set_codes(quantizer.active, codes if layer is kept else codes.flip(0))
+    learning = trainable_plan(rounded)
     assert not torch.equal(rounded(images[0]), nearest(images[0]))
-    assert torch.equal(trainable_plan(rounded)(images[0]), nearest(images[0]))
-    assert not torch.equal(rounded(images[0]), nearest(images[0]))
+    assert torch.equal(learning(images[0]), rounded(images[0]))
+    # Nearest codes say nothing that the weight does not.
+    assert torch.equal(get_tensor(learning, kept.weight), get_tensor(rounded, kept.weight))
+    for layer in moved:
+        weight = get_tensor(learning, layer.weight)
+        assert weight.requires_grad
+        assert not torch.equal(weight, get_tensor(rounded, layer.weight))
 
 
 def test_steps_are_clamped_with_all_others(

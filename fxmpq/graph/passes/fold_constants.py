@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,8 +18,10 @@ def fold_constants(graph: fx.GraphModule) -> int:
 
     Weight normalization, standardized convolutions and slices of a joint projection compute
     their weights in each forward pass; here it is done once, by the same operators, so the
-    graph gives the same bits. A stored result is named after the layer that reads it, as
-    `encoder.conv.weight`, with a number behind it where that name is taken.
+    graph gives the same bits. A weight that is computed anew for each call of its module is
+    stored once. A stored result is named after the layer that reads it, as
+    `encoder.conv.weight`, with a number behind it where that name is taken, and is trainable
+    where anything it was computed from is.
 
     Args:
         graph: A graph of ATen operators; changed in place.
@@ -32,14 +34,17 @@ def fold_constants(graph: fx.GraphModule) -> int:
     wanted: dict[fx.Node, str] = {}
     values: dict[fx.Node, fx.node.Argument] = {}
     for node in list(graph.graph.nodes):
-        for leaf, source in _computed_operands(node, constants):
+        for leaf, found in _computed_operands(node, constants):
+            source = constants[found]
             value = _value(graph, source, values)
             if not isinstance(value, Tensor):
                 continue
             if source not in folded:
-                folded[source] = _store(graph, node, f"folded_{len(folded)}", value)
+                is_trainable = value.is_floating_point() and _is_trainable(graph, source)
+                parameter = nn.Parameter(_own(value), is_trainable)
+                folded[source] = _store(graph, node, f"folded_{len(folded)}", parameter)
                 wanted[folded[source]] = f"{_module_path(node)}.{leaf}".lstrip(".")
-            node.replace_input_with(source, folded[source])
+            node.replace_input_with(found, folded[source])
     before = _read_names(graph)
     graph.graph.eliminate_dead_code()
     for name in before - _read_names(graph):
@@ -50,21 +55,34 @@ def fold_constants(graph: fx.GraphModule) -> int:
     return len(folded)
 
 
-def _constants(graph: fx.GraphModule) -> set[fx.Node]:
-    """Nodes whose value is the same in every call: functions of stored tensors, without chance."""
-    found: set[fx.Node] = set()
+def _constants(graph: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+    """Nodes whose value is the same in every call: functions of stored tensors, without chance.
+
+    Each with the first node that computes the same.
+    """
+    found: dict[fx.Node, fx.Node] = {}
+    first: dict[tuple[object, str], fx.Node] = {}
     for node in graph.graph.nodes:
-        if node.op == "get_attr":
-            found.add(node)
+        if node.op == "get_attr" and _holds_tensor(graph, str(node.target)):
+            found[node] = node
         elif node.op == "call_function" and node.all_input_nodes:
             tags = getattr(node.target, "tags", ())
             is_random = torch.Tag.nondeterministic_seeded in tags
             if not is_random and all(source in found for source in node.all_input_nodes):
-                found.add(node)
+                arguments = fx.node.map_arg((node.args, node.kwargs), found.__getitem__)
+                found[node] = first.setdefault((node.target, repr(arguments)), node)
     return found
 
 
-def _computed_operands(node: fx.Node, constants: set[fx.Node]) -> Iterator[tuple[str, fx.Node]]:
+def _holds_tensor(graph: fx.GraphModule, name: str) -> bool:
+    """Whether a stored attribute is a tensor; the branches of control flow are graphs."""
+    owner, _, leaf = name.rpartition(".")
+    return isinstance(getattr(graph.get_submodule(owner), leaf), Tensor)
+
+
+def _computed_operands(
+    node: fx.Node, constants: Collection[fx.Node]
+) -> Iterator[tuple[str, fx.Node]]:
     """A layer's weight and bias, where they are computed from constants."""
     operator = operator_of(node)
     if operator is None:
@@ -79,24 +97,40 @@ def _value(
     graph: fx.GraphModule, node: fx.Node, values: dict[fx.Node, fx.node.Argument]
 ) -> fx.node.Argument:
     """Compute a constant, and what it is computed from, once."""
-    if node not in values:
-        if node.op == "get_attr":
-            values[node] = get_tensor(graph, str(node.target)).detach()
+    for source in sorted(_sources(node) - values.keys()):
+        if source.op == "get_attr":
+            values[source] = get_tensor(graph, str(source.target)).detach()
         else:
-
-            def read(source: fx.Node) -> fx.node.Argument:
-                return _value(graph, source, values)
-
-            args, kwargs = fx.node.map_arg(node.args, read), fx.node.map_arg(node.kwargs, read)
-            assert callable(node.target)
-            values[node] = node.target(*args, **kwargs)
+            args = fx.node.map_arg(source.args, values.__getitem__)
+            kwargs = fx.node.map_arg(source.kwargs, values.__getitem__)
+            assert callable(source.target)
+            values[source] = source.target(*args, **kwargs)
     return values[node]
 
 
-def _store(graph: fx.GraphModule, reader: fx.Node, name: str, value: Tensor) -> fx.Node:
-    # A slice keeps its strides, and with them its kernel, but not the tensor it was cut from.
-    own = value.detach().clone(memory_format=torch.preserve_format)
-    set_tensor(graph, name, nn.Parameter(own, own.is_floating_point()))
+def _sources(node: fx.Node) -> set[fx.Node]:
+    """A node and all that it is computed from."""
+    found, waiting = {node}, [node]
+    while waiting:
+        more = set(waiting.pop().all_input_nodes) - found
+        found |= more
+        waiting += more
+    return found
+
+
+def _is_trainable(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether anything that a constant is computed from is trained."""
+    stored = (source for source in _sources(node) if source.op == "get_attr")
+    return any(get_tensor(graph, str(source.target)).requires_grad for source in stored)
+
+
+def _own(value: Tensor) -> Tensor:
+    """A copy without the tensor that it may be a slice of; dense strides, and so kernels, stay."""
+    return value.detach().clone(memory_format=torch.preserve_format)
+
+
+def _store(graph: fx.GraphModule, reader: fx.Node, name: str, value: nn.Parameter) -> fx.Node:
+    set_tensor(graph, name, value)
     with graph.graph.inserting_before(reader):
         return graph.graph.get_attr(name)
 

@@ -10,16 +10,18 @@ from fxmpq.graph.attributes import get_tensor, set_tensor
 aten = torch.ops.aten
 
 _PRODUCTS = frozenset({aten.mm.default, aten.matmul.default})
-_TRANSPOSES = frozenset({aten.t.default, aten.numpy_T.default})
+_TRANSPOSES = frozenset(
+    {aten.t.default, aten.numpy_T.default, aten.mT.default, aten.adjoint.default}
+)
 
 
 def make_linear(graph: fx.GraphModule) -> int:
     """Replace products of an activation and a stored matrix by `linear`, in place on the graph.
 
     `x @ W.T` becomes `linear(x, W)`; `x @ W` and `addmm(b, x, W)` (GPT-2's Conv1D) become
-    `linear(x, W.T, b)` with the stored matrix turned round, if nothing else reads it. The
-    stored tensor stays a view of the old layout, so the same kernel runs on the same memory and
-    gives the same bits.
+    `linear(x, W.T, b)` with the stored matrix turned round, if nothing but such products reads
+    it. The stored tensor stays a view of the old layout, so the same kernel runs on the same
+    memory and gives the same bits.
 
     Args:
         graph: A graph of ATen operators; changed in place.
@@ -28,14 +30,13 @@ def make_linear(graph: fx.GraphModule) -> int:
         How many products were replaced.
     """
     replaced = 0
+    turned: set[fx.Node] = set()
     for node in list(graph.graph.nodes):
-        operands = _operands(node)
+        operands = _operands(graph, node)
         if operands is None:
             continue
         source, factor, bias = operands
-        if not _is_bias(graph, bias, factor):
-            continue
-        weight = _as_linear_weight(graph, factor)
+        weight = _as_linear_weight(graph, factor, turned)
         if weight is None:
             continue
         with graph.graph.inserting_before(node):
@@ -51,8 +52,10 @@ def make_linear(graph: fx.GraphModule) -> int:
     return replaced
 
 
-def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
-    """Activation, matrix and bias of a product; `None` if the node is none."""
+def _operands(
+    graph: fx.GraphModule, node: fx.Node
+) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
+    """Activation, matrix and bias of a product; `None` if it is none that `linear` computes."""
     if node.op != "call_function" or node.kwargs:
         return None
     if node.target in _PRODUCTS:
@@ -65,24 +68,38 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
         return None
     source, factor = found
     assert isinstance(source, fx.Node) and isinstance(factor, fx.Node)
-    return None if source.op == "get_attr" else (source, factor, bias)
+    fits = source.op != "get_attr" and _is_bias(graph, bias, factor)
+    return (source, factor, bias) if fits else None
 
 
-def _as_linear_weight(graph: fx.GraphModule, factor: fx.Node) -> fx.Node | None:
-    """The node that reads `[out, in]` where `factor` is `[in, out]`; `None` if it is not stored."""
-    stored = _transposed(graph, factor)
+def _as_linear_weight(
+    graph: fx.GraphModule, factor: fx.Node, turned: set[fx.Node]
+) -> fx.Node | None:
+    """The node that reads `[out, in]` where `factor` is `[in, out]`; `None` if it is not stored.
+
+    Matrices that are turned round for it are added to `turned`.
+    """
+    stored = factor if factor in turned else _transposed(graph, factor)
     if stored is not None:
         return stored
-    if not _is_matrix(graph, factor) or len(factor.users) != 1:
+    if not _is_matrix(graph, factor) or not all(
+        _multiplies_by(graph, user, factor) for user in factor.users
+    ):
         return None
+    turned.add(factor)
     matrix = get_tensor(graph, str(factor.target))
-    turned = matrix.detach().t()
+    weight = matrix.detach().t()
     if isinstance(matrix, nn.Parameter):
-        turned = nn.Parameter(turned, matrix.requires_grad)
-    set_tensor(graph, str(factor.target), turned)
+        weight = nn.Parameter(weight, matrix.requires_grad)
+    set_tensor(graph, str(factor.target), weight)
     if isinstance(factor.meta.get("val"), Tensor):
         factor.meta["val"] = factor.meta["val"].t()
     return factor
+
+
+def _multiplies_by(graph: fx.GraphModule, node: fx.Node, factor: fx.Node) -> bool:
+    operands = _operands(graph, node)
+    return operands is not None and operands[1] is factor
 
 
 def _transposed(graph: fx.GraphModule, factor: fx.Node) -> fx.Node | None:

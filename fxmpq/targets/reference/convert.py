@@ -51,12 +51,18 @@ class PackedWeight(nn.Module):
         self.scale_names = tuple(stored)
         self.number_format = number_format
         self.shape = tuple(codes.shape)
+        self.stride = codes.stride()
         self.axis = axis
 
     def forward(self) -> Tensor:
         """Unpack and dequantize: the weight in real numbers."""
         found = self.number_format
         codes = unpack_codes(self.packed, found.bits, self.shape, signed=found.is_integer)
+        if codes.stride() != self.stride:
+            # In the simulation's memory layout, and so with its kernel and its bits.
+            codes = torch.empty_strided(
+                self.shape, self.stride, dtype=codes.dtype, device=codes.device
+            ).copy_(codes)
         stored = {name: self.get_buffer(name) for name in self.scale_names}
         scale = unpack_scale(stored, found)
         spread = spread_scale(scale, self.shape, self.axis, found.granularity)

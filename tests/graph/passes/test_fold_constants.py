@@ -104,3 +104,77 @@ def test_it_says_how_many_it_stored() -> None:
     graph = program.module(check_guards=False)
     assert fold_constants(graph) == 4
     assert fold_constants(graph) == 0
+
+
+def test_a_weight_computed_anew_for_each_call_is_stored_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.normed = weight_norm(nn.Linear(6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.normed(torch.relu(self.normed(x)))
+
+    model = Twice().eval()
+    graph = trace(model, batch())
+    assert [layer.name for layer in find_layers(graph).layers] == ["normed", "normed#2"]
+    assert set(graph.state_dict()) == {"normed.weight", "normed.bias"}
+    assert torch.equal(graph(batch()), model(batch()))
+
+
+def test_different_slices_of_one_tensor_stay_different() -> None:
+    graph = trace(Computed().eval(), batch())
+    assert not torch.equal(graph.weight, graph.weight_2)
+
+
+def test_a_stored_weight_is_trainable_where_what_it_was_computed_from_is() -> None:
+    model = Computed().eval()
+    model.joint.requires_grad_(False)
+    model.normed.parametrizations.weight.original0.requires_grad_(False)
+    graph = trace(model, batch())
+    trained = {name for name, parameter in graph.named_parameters() if parameter.requires_grad}
+    assert trained == {"normed.weight", "normed.bias", "bias"}
+
+
+def test_long_calculations_are_folded_too() -> None:
+    class Long(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(batch(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight
+            for _ in range(600):
+                weight = weight + weight * 1e-3
+            return nn.functional.linear(x, weight)
+
+    model = Long().eval()
+    graph = trace(model, batch())
+    assert targets(graph) == [aten.linear.default]
+    assert torch.equal(graph(batch()), model(batch()))
+
+
+def test_control_flow_is_no_constant() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(batch(4))
+            self.register_buffer("flag", torch.tensor(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            def same(weight: Tensor) -> Tensor:
+                return weight * 1.0
+
+            def twice(weight: Tensor) -> Tensor:
+                return weight * 2.0
+
+            weight = torch.cond(self.flag > 0, same, twice, (self.weight,))
+            return nn.functional.linear(x, weight)
+
+    model = Branching().eval()
+    graph = trace(model, batch())
+    assert [left.reason for left in find_layers(graph).left_float] == [
+        "its weight is computed, not stored"
+    ]
+    assert torch.equal(graph(batch()), model(batch()))

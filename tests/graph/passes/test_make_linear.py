@@ -29,13 +29,15 @@ class Product(nn.Module):
             "addmm": lambda: torch.addmm(self.bias, x.flatten(0, 1), self.weight),
             "T": lambda: x @ self.weight.T,
             "t": lambda: x @ self.weight.t(),
+            "mT": lambda: x @ self.weight.mT,
+            "adjoint": lambda: x @ self.weight.adjoint(),
             "permute": lambda: x @ self.weight.permute(1, 0),
             "transpose": lambda: x @ self.weight.transpose(-1, -2),
         }
         return forms[self.form]()
 
 
-FORMS = ["matmul", "mm", "addmm", "T", "t", "permute", "transpose"]
+FORMS = ["matmul", "mm", "addmm", "T", "t", "mT", "adjoint", "permute", "transpose"]
 
 
 def targets(graph: fx.GraphModule) -> list[object]:
@@ -97,6 +99,36 @@ class Tied(nn.Module):
 def test_a_matrix_with_other_readers_is_not_turned_round() -> None:
     graph = trace(Tied(), torch.tensor([[0, 1], [2, 5]]))
     assert aten.matmul.default in targets(graph)
+
+
+class Shared(nn.Module):
+    """One Conv1D called twice, and once more where its bias does not fit `linear`."""
+
+    def __init__(self, *, odd: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.odd = Conv1D(6, 6), odd
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(torch.relu(self.layer(x)))
+        if not self.odd:
+            return x
+        return torch.addmm(self.layer.bias, x.flatten(0, 1), self.layer.weight, beta=0.5)
+
+
+def test_a_matrix_of_several_products_is_turned_round_once() -> None:
+    model = Shared(odd=False).eval()
+    graph = trace(model, batch())
+    assert targets(graph).count(aten.linear.default) == 2
+    assert torch.equal(graph.layer.weight.t(), model.layer.weight)
+    assert torch.equal(graph(batch()), model(batch()))
+
+
+def test_it_is_not_while_one_reader_wants_it_as_it_is() -> None:
+    model = Shared(odd=True).eval()
+    graph = trace(model, batch())
+    assert aten.linear.default not in targets(graph)
+    assert torch.equal(graph(batch()), model(batch()))
 
 
 class Other(nn.Module):

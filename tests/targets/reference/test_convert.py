@@ -20,6 +20,7 @@ from fxmpq.graph.state import require
 from fxmpq.graph.switch import with_choices
 from fxmpq.graph.trace import trace
 from fxmpq.quantizers.modules import ActivationQuantizer, WeightQuantizer
+from fxmpq.quantizers.weight_scale import mse_weight_scales
 from fxmpq.targets.convert import convert
 from fxmpq.targets.reference.convert import PackedWeight, convert_reference
 
@@ -341,3 +342,17 @@ def test_a_packed_weight_unpacks_to_what_was_packed(bits: int) -> None:
     weight = PackedWeight(codes, scale, number_format, axis=1)
     assert torch.equal(weight(), codes.float() * scale.reshape(1, 5, 1))
     assert set(weight.state_dict()) == {"packed", "scale"}
+
+
+@pytest.mark.parametrize("name", ["w4", "w4b16", "we4m3", "w16"])
+def test_a_packed_weight_keeps_the_memory_layout_and_so_the_bits(name: str) -> None:
+    number_format = Precision.parse(name).weight
+    assert number_format is not None
+    weight = torch.randn(24, 8, generator=torch.Generator().manual_seed(3)).t()
+    quantizer = WeightQuantizer("w", [number_format], 0)
+    quantizer.set_scale(number_format, mse_weight_scales(weight, [number_format], 0)[0])
+    simulated = quantizer.quantize(weight, number_format)
+    codes = quantizer.codes(weight, number_format)
+    unpacked = PackedWeight(codes, quantizer.scale(number_format), number_format, 0)()
+    assert torch.equal(unpacked, simulated)
+    assert unpacked.stride() == simulated.stride() == (1, 8)
