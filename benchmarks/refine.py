@@ -8,8 +8,8 @@ passes over the calibration data. A seed draws the calibration samples and the m
 numbers.
 
 Results are kept in the cache folder, row by row: `refine.py measure resnet20 w4a8 0` measures one
-case with one seed (with `ladder` behind it, of the methods alone `light` only), `refine.py table` prints
-what is there, and `refine.py` alone does everything.
+case with one seed (with `ladder` behind it, of the methods alone only `light`), `refine.py table`
+prints what is there, and `refine.py` alone does everything.
 """
 
 from __future__ import annotations

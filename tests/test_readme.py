@@ -17,7 +17,7 @@ def blocks(name: str) -> list[str]:
 
 CASES = [
     pytest.param(code, id=f"{name}-{index}")
-    for name in ("README.md", "docs/guide.md", "docs/methods.md")
+    for name in ("README.md", "docs/guide.md", "docs/methods.md", "docs/refinement.md")
     for index, code in enumerate(blocks(name))
 ]
 

@@ -114,7 +114,7 @@ def highlights(report: Report) -> list[tuple[str, str, str]]:
 def _prediction(report: Report) -> str:
     if not report.is_predicting:
         return f"the method {report.method} predicts none"
-    return f"predicted {decibels(report.predicted_sqnr_db)}"
+    return f"{report.prediction} {decibels(report.predicted_sqnr_db)}"
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:

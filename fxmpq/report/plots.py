@@ -107,7 +107,7 @@ def _draw_curve(axes: Axes, report: Report) -> None:
         axes.plot(
             sizes,
             noise,
-            label="best plans, predicted",
+            label=f"best plans, {report.prediction}",
             color=SKY,
             linewidth=2,
             marker="o",

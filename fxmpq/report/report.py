@@ -157,6 +157,11 @@ class Report:
         """Whether the sensitivities are noise powers, which predict an output SQNR."""
         return self.unit == "noise"
 
+    @property
+    def prediction(self) -> str:
+        """What a predicted SQNR is of: sensitivities are measured before anything is refined."""
+        return "predicted before refinement" if self.refinements else "predicted"
+
     def to_json(self, path: str | Path | None = None) -> str:
         """Write as JSON; returns the text, and writes it to `path` if given."""
         return dump_json(SCHEMA, VERSION, asdict(self), path)

@@ -84,6 +84,14 @@ def test_highlights_compare_the_mixed_model_with_float(report: Report) -> None:
     assert found["output SQNR"] == ("25.0 dB", "predicted 26.0 dB")
 
 
+def test_a_prediction_of_a_refined_model_says_what_it_is_of(report: Report) -> None:
+    refined = replace(report, refinements=(RefinementRow("gptq", "stem", 0.2, 0.1),))
+    found = {label: beside for label, _, beside in highlights(refined)}
+    assert found["output SQNR"] == "predicted before refinement 26.0 dB"
+    assert "best plans, predicted before refinement" in render_html(refined)
+    assert "best plans, predicted before" not in render_html(report)
+
+
 def test_it_is_written_to_a_file(report: Report, tmp_path: Path) -> None:
     file = save_html(report, tmp_path / "report.html")
     assert file.read_text(encoding="utf-8") == render_html(report)
