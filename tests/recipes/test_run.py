@@ -57,6 +57,8 @@ def test_it_writes_everything_down(printed: str, output: Path) -> None:
         "report.html",
         "tradeoff.png",
         "tradeoff.svg",
+        "refinement.png",
+        "refinement.svg",
         "model.safetensors",
         "model.json",
     }

@@ -241,6 +241,15 @@ def test_it_trains_inside_inference_mode(graph: fx.GraphModule, batches: list[Pa
         assert equal(expected, trained(graph, batches))
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own handler of SIGINT; a process started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_is_one_and_can_be_repeated(
     graph: fx.GraphModule, batches: list[Pair]
 ) -> None:
