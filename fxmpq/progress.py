@@ -12,6 +12,28 @@ from rich.progress import track as rich_track
 Item = TypeVar("Item")
 
 
+class Tracked:
+    """Long work that shows how far it is, if it is to.
+
+    Args:
+        shown: Whether to show progress bars.
+    """
+
+    def __init__(self, *, shown: bool) -> None:
+        self._shown = shown
+
+    @property
+    def shown(self) -> bool:
+        """Whether progress bars are shown."""
+        return self._shown
+
+    def track(
+        self, items: Iterable[Item], description: str, *, total: int | None = None
+    ) -> Iterator[Item]:
+        """Iterate with a progress bar; see `track`."""
+        return track(items, description, total=total, shown=self._shown)
+
+
 def track(
     items: Iterable[Item], description: str, *, total: int | None = None, shown: bool = True
 ) -> Iterator[Item]:

@@ -10,7 +10,7 @@ from fxmpq.formats import Precision
 from fxmpq.graph.prepare import insert_quantizers
 from fxmpq.graph.state import require
 from fxmpq.graph.switch import with_choices
-from fxmpq.solver.plan import Plan
+from fxmpq.solver.plan import Plan, choices_of
 from fxmpq.targets.registry import get_target
 from fxmpq.targets.target import Target
 
@@ -61,7 +61,4 @@ def apply(graph: fx.GraphModule, plan: Plan | Mapping[str, str]) -> fx.GraphModu
         PlanError: If the plan was made for another model or names other groups.
     """
     state = require(graph, stage="calibrated")
-    if isinstance(plan, Plan):
-        plan.check(state.fingerprint)
-        return with_choices(graph, plan.choices)
-    return with_choices(graph, plan)
+    return with_choices(graph, choices_of(plan, state.fingerprint))

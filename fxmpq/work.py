@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
 from fxmpq.journal import Journal
-from fxmpq.progress import track
-
-Item = TypeVar("Item")
+from fxmpq.progress import Tracked
 
 
-class Work:
+class Work(Tracked):
     """How a method shows its progress, and where it keeps what it has done.
 
     Args:
@@ -25,19 +22,8 @@ class Work:
     """
 
     def __init__(self, *, shown: bool = False, journal: Journal | None = None) -> None:
-        self._shown = shown
+        super().__init__(shown=shown)
         self._journal = journal
-
-    @property
-    def shown(self) -> bool:
-        """Whether progress bars are shown."""
-        return self._shown
-
-    def track(
-        self, items: Iterable[Item], description: str, *, total: int | None = None
-    ) -> Iterator[Item]:
-        """Iterate with a progress bar; see `fxmpq.progress.track`."""
-        return track(items, description, total=total, shown=self._shown)
 
     def unit(self, name: str, compute: Callable[[], Sequence[float]]) -> list[float]:
         """The numbers of one unit of work: recorded ones, else computed now and recorded.

@@ -137,3 +137,10 @@ def test_the_installed_command_starts_without_loading_the_recipes() -> None:
         "sys.exit('fxmpq.recipes' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_importing_fxmpq_loads_nothing_large_that_it_may_not_need() -> None:
+    code = (
+        "import sys, fxmpq; sys.exit(bool({'sympy', 'lightning', 'matplotlib'} & {*sys.modules}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Integer codes: the arithmetic that simulation and conversion share, so that they agree."""
+"""Integer arithmetic that simulation and conversion share, so that they agree."""
 
 from __future__ import annotations
 
@@ -22,43 +22,6 @@ def per_channel(values: Tensor, rank: int, axis: int) -> Tensor:
     shape = [1] * rank
     shape[axis] = -1
     return values.reshape(shape)
-
-
-def weight_codes(weight: Tensor, scale: Tensor, number_format: NumberFormat, axis: int) -> Tensor:
-    """Quantize a weight to symmetric integer codes, one scale per channel.
-
-    `q = clamp(round(w / scale), qmin, qmax)`, rounding half to even.
-
-    Args:
-        weight: Any shape.
-        scale: Positive, shape `[weight.shape[axis]]`.
-        number_format: A symmetric format.
-        axis: The channel dimension of `weight`.
-
-    Returns:
-        Codes, `int8` up to 8 bits and `int16` above, with the shape of `weight`.
-
-    Examples:
-        >>> weight_codes(torch.tensor([[0.1, -0.2]]), torch.tensor([0.1]), NumberFormat(2), 0)
-        tensor([[ 1, -2]], dtype=torch.int8)
-    """
-    codes = torch.round(weight / per_channel(scale, weight.dim(), axis))
-    codes = codes.clamp_(number_format.qmin, number_format.qmax)
-    return codes.to(torch.int8 if number_format.bits <= 8 else torch.int16)
-
-
-def dequantize_weight(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
-    """Turn weight codes back to real numbers: `w = scale * q`.
-
-    Args:
-        codes: Integer codes of any shape.
-        scale: One scale per channel, shape `[codes.shape[axis]]`.
-        axis: The channel dimension.
-
-    Returns:
-        A tensor in the dtype of `scale`.
-    """
-    return codes.to(scale.dtype) * per_channel(scale, codes.dim(), axis)
 
 
 def fake_quantize_activation(

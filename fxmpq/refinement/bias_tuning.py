@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional
 
 from fxmpq.errors import FxmpqError
 from fxmpq.graph.batches import Batch, flat_inputs
@@ -23,6 +22,7 @@ from fxmpq.refinement.outputs import (
 )
 from fxmpq.refinement.units import Units
 from fxmpq.refinement.views import QuantizedLayer
+from fxmpq.training.loss import divergences
 
 LOSSES = ("kl", "mse")
 
@@ -288,8 +288,7 @@ def _loss_of(name: str | None, expected: Sequence[Outputs], planned: Outputs) ->
 
 
 def _divergence(found: Outputs, expected: Outputs, *, position: int) -> Tensor:
-    planned, wanted = (outputs[position].log_softmax(-1) for outputs in (found, expected))
-    return functional.kl_div(planned, wanted, reduction="sum", log_target=True)
+    return divergences(expected[position], found[position]).sum()
 
 
 def _squared_error(found: Outputs, expected: Outputs, *, power: float) -> Tensor:

@@ -12,6 +12,7 @@ from fxmpq.errors import FxmpqError
 from fxmpq.graph.batches import Batch, call_arguments, flat_inputs, graph_device
 from fxmpq.graph.run import float_outputs
 from fxmpq.graph.state import Refinement
+from fxmpq.refinement.relative_error import relative_error
 from fxmpq.refinement.units import Units
 from fxmpq.training.distillation import Distillation, check_distillation
 from fxmpq.training.fit import check_training, fit
@@ -153,13 +154,12 @@ def _relative_error(
     task: LossFunction,
 ) -> float:
     """`sum (y_q - y)^2 / sum y^2` of the floating-point outputs on the first batches."""
-    error = power = 0.0
     with torch.no_grad():
-        for batch in batches[:_COMPARED_BATCHES]:
-            expected, found = (_outputs(model, batch, task) for model in (teacher, student))
-            error += float((found - expected).square().sum())
-            power += float(expected.square().sum())
-    return error / power if power else math.inf if error else 0.0
+        return relative_error(
+            lambda index: _outputs(student, batches[index], task),
+            lambda index: _outputs(teacher, batches[index], task),
+            min(len(batches), _COMPARED_BATCHES),
+        )
 
 
 def _outputs(graph: fx.GraphModule, batch: object, task: LossFunction) -> Tensor:

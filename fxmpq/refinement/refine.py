@@ -13,11 +13,12 @@ from torch import fx
 from fxmpq.errors import FxmpqError, PlanError, closest
 from fxmpq.formats import NumberFormat, Precision
 from fxmpq.graph.batches import Batch, flat_inputs, materialize
+from fxmpq.graph.calibration_identity import calibration_identity
 from fxmpq.graph.state import Refinement, copy_graph, require, with_state
 from fxmpq.graph.switch import switch_group, with_choices
 from fxmpq.identity import identity
 from fxmpq.journal import data_digest
-from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
+from fxmpq.quantizers.modules import BiasCorrection, WeightQuantizer
 from fxmpq.refinement.methods import (
     METHODS,
     RECIPES,
@@ -27,7 +28,7 @@ from fxmpq.refinement.methods import (
     options_of,
 )
 from fxmpq.refinement.units import Units
-from fxmpq.solver.plan import Plan
+from fxmpq.solver.plan import Plan, choices_of
 
 
 def refine(
@@ -140,10 +141,8 @@ def _planned(graph: fx.GraphModule, plan: Plan | Mapping[str, str] | None) -> fx
     """A copy of the graph with the plan's precisions, or as it is."""
     if plan is None:
         return copy_graph(graph)
-    if isinstance(plan, Plan):
-        plan.check(require(graph, stage="calibrated").fingerprint)
-        return with_choices(graph, plan.choices)
-    return with_choices(graph, plan)
+    state = require(graph, stage="calibrated")
+    return with_choices(graph, choices_of(plan, state.fingerprint))
 
 
 def _batches(
@@ -231,15 +230,9 @@ def _run(
     options: Mapping[str, object],
 ) -> dict[str, object]:
     """What identifies a run: its folder is no other's."""
-    state = require(graph, stage="calibrated")
-    ranges = [
-        module.ranges for module in graph.modules() if isinstance(module, ActivationQuantizer)
-    ]
     return {
         "methods": {name: identity({**options_of(name), **options}) for name in names},
-        "model": state.fingerprint,
-        "choices": dict(state.choices),
-        "candidates": {group.name: [str(c) for c in group.candidates] for group in state.groups},
-        "ranges": data_digest([repr(ranges), *graph.state_dict().values()]),
+        "choices": dict(require(graph, stage="calibrated").choices),
+        **calibration_identity(graph),
         "data": data_digest(batches),
     }

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -16,16 +15,14 @@ from torch import Tensor, fx, nn
 from fxmpq.errors import FileFormatError
 from fxmpq.graph.batches import graph_device
 from fxmpq.journal import Journal
-from fxmpq.progress import track
+from fxmpq.progress import Tracked
 from fxmpq.quantizers.modules import ActivationQuantizer
 from fxmpq.quantizers.ranges import ActivationRange
-
-Item = TypeVar("Item")
 
 _RANGE = "range_"
 
 
-class Units:
+class Units(Tracked):
     """Runs the units of a refinement, or takes them from an interrupted run.
 
     A unit changes some quantizer modules and returns numbers. With a folder, both are written
@@ -66,19 +63,8 @@ class Units:
                     "folder that is not there yet, or one that an interrupted run left"
                 )
             self._journal = Journal(self._folder / "units.journal", run or {})
-        self._shown = shown
+        super().__init__(shown=shown)
         self._position = 0
-
-    @property
-    def shown(self) -> bool:
-        """Whether progress bars are shown."""
-        return self._shown
-
-    def track(
-        self, items: Iterable[Item], description: str, *, total: int | None = None
-    ) -> Iterator[Item]:
-        """Iterate with a progress bar; see `fxmpq.progress.track`."""
-        return track(items, description, total=total, shown=self._shown)
 
     def unit(
         self,

@@ -12,10 +12,10 @@ from torch import fx
 
 from fxmpq.errors import FxmpqError, closest
 from fxmpq.graph.batches import materialize
-from fxmpq.graph.state import require, require_groups
+from fxmpq.graph.calibration_identity import calibration_identity
+from fxmpq.graph.state import require_groups
 from fxmpq.identity import identity
 from fxmpq.journal import Journal, data_digest
-from fxmpq.quantizers.modules import ActivationQuantizer
 from fxmpq.sensitivity.entropy import entropy
 from fxmpq.sensitivity.finetune import finetune
 from fxmpq.sensitivity.hessian import hessian
@@ -167,17 +167,11 @@ def _run(
     graph: fx.GraphModule, batches: Sequence[object], method: str, options: Mapping[str, object]
 ) -> dict[str, object]:
     """What identifies a run: its journal is no other's."""
-    state = require(graph, stage="calibrated")
     parameters = inspect.signature(METHODS[method].estimate).parameters
     defaults = {name: parameters[name].default for name in method_options(method)}
-    ranges = [
-        module.ranges for module in graph.modules() if isinstance(module, ActivationQuantizer)
-    ]
     return {
         "method": method,
         "options": identity({**defaults, **options}),
-        "model": state.fingerprint,
-        "candidates": {group.name: [str(c) for c in group.candidates] for group in state.groups},
-        "ranges": data_digest([repr(ranges), *graph.state_dict().values()]),
+        **calibration_identity(graph),
         "data": data_digest(batches),
     }

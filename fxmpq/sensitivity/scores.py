@@ -19,6 +19,7 @@ from fxmpq.training.loss import (
     LossFunction,
     batch_samples,
     check_was_run,
+    divergences,
     loss_value,
     on_device,
 )
@@ -124,9 +125,7 @@ def divergence(reference: Tensor, found: Tensor) -> float:
         reference: Float logits, `[..., classes]`; a class at minus infinity has no share.
         found: Changed logits of the same shape.
     """
-    expected = torch.log_softmax(reference.double(), -1)
-    terms = expected.exp() * (expected - torch.log_softmax(found.double(), -1))
-    return float(terms.masked_fill(expected == -torch.inf, 0).sum())
+    return float(divergences(reference.double(), found.double()).sum())
 
 
 SCORES: Mapping[str, OutputScore] = {

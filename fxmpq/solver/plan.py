@@ -127,3 +127,19 @@ class Plan:
         names = {entry.name for entry in fields(cls)}
         check_fields(SCHEMA, found, {"choices"}, names - {"choices"})
         return build(SCHEMA, cls, found)
+
+
+def choices_of(plan: Plan | Mapping[str, str], fingerprint: str) -> Mapping[str, str]:
+    """A plan's choices, or bare ones as they are.
+
+    Args:
+        plan: A plan, or precision names per group.
+        fingerprint: Of the model they are for.
+
+    Raises:
+        PlanError: If the plan was made for another model.
+    """
+    if isinstance(plan, Plan):
+        plan.check(fingerprint)
+        return plan.choices
+    return plan

@@ -12,9 +12,7 @@ from fxmpq.errors import FileFormatError
 from fxmpq.graph.state import with_state
 from fxmpq.storage.calls import decode_call
 from fxmpq.storage.modules import attach, decode_quantizers
-from fxmpq.storage.nodes import decode_nodes
 from fxmpq.storage.save import FILE, SCHEMA, VERSION
-from fxmpq.storage.sizes import SizeReader
 from fxmpq.storage.state import check_state, decode_state
 from fxmpq.storage.tensors import TensorReader
 
@@ -68,6 +66,10 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> fx.GraphM
 def _restore(
     found: dict[str, object], reader: TensorReader, device: torch.device
 ) -> fx.GraphModule:
+    # SymPy takes as long to import as all the rest of fxmpq.
+    from fxmpq.storage.nodes import decode_nodes
+    from fxmpq.storage.sizes import SizeReader
+
     nodes = decode_nodes(found["nodes"], SizeReader(found["sizes"]), device)
     nodes.set_codegen(decode_call(found["call"], len(nodes.find_nodes(op="placeholder"))))
     graph = fx.GraphModule(nn.Module(), fx.Graph(), "QuantizableGraph")

@@ -10,8 +10,6 @@ from fxmpq.artefact import dump_json
 from fxmpq.graph.state import state_of
 from fxmpq.storage.calls import encode_call
 from fxmpq.storage.modules import encode_quantizers, encode_tensors
-from fxmpq.storage.nodes import encode_nodes
-from fxmpq.storage.sizes import SizeWriter
 from fxmpq.storage.state import encode_state
 from fxmpq.storage.tensors import TensorWriter, remove_others
 
@@ -51,6 +49,10 @@ def save(graph: fx.GraphModule, folder: str | Path) -> Path:
         >>> torch.equal(loaded(batch), graph(batch))
         True
     """
+    # SymPy takes as long to import as all the rest of fxmpq.
+    from fxmpq.storage.nodes import encode_nodes
+    from fxmpq.storage.sizes import SizeWriter
+
     state = state_of(graph)
     sizes, tensors = SizeWriter(), TensorWriter()
     fields = {

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from fxmpq.errors import FxmpqError
 from fxmpq.graph.batches import graph_device
 from fxmpq.graph.run import float_outputs
-from fxmpq.training.loss import check_was_run
+from fxmpq.training.loss import check_was_run, divergences
 
 
 class Distillation:
@@ -119,9 +119,7 @@ def divergence(teacher: Tensor, student: Tensor) -> Tensor:
         >>> round(float(divergence(logits, torch.tensor([[0.0, 1.0]]))), 4)
         0.1201
     """
-    expected = teacher.float().log_softmax(dim=-1)
-    terms = expected.exp() * (expected - student.float().log_softmax(dim=-1))
-    return terms.masked_fill(expected == -torch.inf, 0).sum(dim=-1).mean()
+    return divergences(teacher.float(), student.float()).mean()
 
 
 def check_distillation(weight: float) -> None:

@@ -220,6 +220,27 @@ def classification_loss(model: nn.Module, batch: object) -> Tensor:
     return nn.functional.cross_entropy(found[0], labels)
 
 
+def divergences(reference: Tensor, found: Tensor) -> Tensor:
+    """Kullback-Leibler divergences of softmax outputs, in nats.
+
+    `sum_k p_k (log p_k - log q_k)` with `p = softmax(reference)` and `q = softmax(found)`.
+
+    Args:
+        reference: Logits `[..., classes]`; a class at minus infinity has no share.
+        found: Logits of the same shape.
+
+    Returns:
+        One for each distribution, shape `[...]`, in the dtype of the logits.
+
+    Examples:
+        >>> divergences(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]))
+        tensor([0.1201])
+    """
+    expected = reference.log_softmax(dim=-1)
+    terms = expected.exp() * (expected - found.log_softmax(dim=-1))
+    return terms.masked_fill(expected == -torch.inf, 0).sum(dim=-1)
+
+
 def _copy_around(module: nn.Module, network: nn.Module) -> nn.Module:
     """Copy a LightningModule but for its network and its Trainer, in eval mode, logging nothing."""
     memo: dict[int, object] = {id(network): network}

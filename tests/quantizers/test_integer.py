@@ -1,17 +1,11 @@
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fxmpq.formats import NumberFormat, Scheme
-from fxmpq.quantizers.integer import (
-    dequantize_weight,
-    fake_quantize_activation,
-    per_channel,
-    weight_codes,
-)
+from fxmpq.quantizers.integer import fake_quantize_activation, per_channel
 
 WIDTHS = st.sampled_from([2, 3, 4, 5, 6, 7, 8, 16])
 SCALES = st.floats(2.0**-13, 10, width=32)
@@ -24,58 +18,6 @@ def test_channel_values_broadcast_along_their_axis_only(rank: int, axis: int, si
     shaped = per_channel(torch.arange(size), rank, axis)
     assert shaped.shape == tuple(size if dim == axis else 1 for dim in range(rank))
     assert shaped.flatten().tolist() == list(range(size))
-
-
-@given(TENSORS, SCALES, WIDTHS)
-def test_codes_lie_in_the_format(weight: torch.Tensor, scale: float, bits: int) -> None:
-    number_format = NumberFormat(bits)
-    codes = weight_codes(weight.unsqueeze(0), torch.tensor([scale]), number_format, 0)
-    assert codes.dtype is (torch.int8 if bits <= 8 else torch.int16)
-    assert int(codes.min()) >= number_format.qmin
-    assert int(codes.max()) <= number_format.qmax
-
-
-@given(TENSORS, SCALES, WIDTHS)
-def test_inside_the_range_the_error_is_at_most_half_a_step(
-    weight: torch.Tensor, scale: float, bits: int
-) -> None:
-    number_format = NumberFormat(bits)
-    inside = weight.clamp(number_format.qmin * scale, number_format.qmax * scale).unsqueeze(0)
-    scales = torch.tensor([scale])
-    back = dequantize_weight(weight_codes(inside, scales, number_format, 0), scales, 0)
-    assert float((back - inside).abs().max()) <= scale / 2 * (1 + 1e-5) + 1e-5
-
-
-@given(TENSORS, SCALES, WIDTHS)
-def test_quantizing_twice_changes_nothing(weight: torch.Tensor, scale: float, bits: int) -> None:
-    number_format, scales = NumberFormat(bits), torch.tensor([scale])
-    codes = weight_codes(weight.unsqueeze(0), scales, number_format, 0)
-    again = weight_codes(dequantize_weight(codes, scales, 0), scales, number_format, 0)
-    assert again.equal(codes)
-
-
-@pytest.mark.parametrize("axis", [0, 1, 3])
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_weights_agree_with_torchs_fake_quantization(axis: int, bits: int) -> None:
-    generator = torch.Generator().manual_seed(bits)
-    weight = torch.randn(4, 6, 3, 5, generator=generator)
-    scale = torch.rand(weight.shape[axis], generator=generator) + 0.05
-    number_format = NumberFormat(bits)
-    expected = torch.fake_quantize_per_channel_affine(
-        weight,
-        scale,
-        torch.zeros(len(scale), dtype=torch.int32),
-        axis,
-        number_format.qmin,
-        number_format.qmax,
-    )
-    codes = weight_codes(weight, scale, number_format, axis)
-    assert torch.allclose(dequantize_weight(codes, scale, axis), expected, atol=1e-6)
-
-
-def test_rounding_is_half_to_even() -> None:
-    codes = weight_codes(torch.tensor([[0.5, 1.5, 2.5, -0.5]]), torch.ones(1), NumberFormat(8), 0)
-    assert codes.tolist() == [[0, 2, 2, 0]]
 
 
 @given(TENSORS, SCALES, WIDTHS, st.floats(0, 1))

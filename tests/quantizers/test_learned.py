@@ -10,11 +10,8 @@ from torch import Tensor
 
 from fxmpq.errors import PrecisionError
 from fxmpq.formats import NumberFormat, Scheme
-from fxmpq.quantizers.integer import (
-    dequantize_weight,
-    fake_quantize_activation,
-    weight_codes,
-)
+from fxmpq.quantizers.codes import dequantize, nearest_codes
+from fxmpq.quantizers.integer import fake_quantize_activation
 from fxmpq.quantizers.learned import (
     LearnedQuantizer,
     activation_step,
@@ -111,8 +108,7 @@ def test_it_agrees_with_the_quantizers_that_do_not_learn(seed: int, bits: int) -
     x = torch.randn(3, 40, generator=generator)
     step = torch.tensor(0.125)
     signed, unsigned = NumberFormat(bits), NumberFormat(bits, Scheme.AFFINE)
-    codes = weight_codes(x, step.expand(3), signed, 0)
-    fixed = dequantize_weight(codes, step.expand(3), 0)
+    fixed = dequantize(nearest_codes(x, step, signed), step, signed)
     assert torch.equal(learned_round(x, step, signed.qmin, signed.qmax), fixed)
     for zero_point in (0, 1, unsigned.qmax):
         fixed = fake_quantize_activation(x, float(step), zero_point, unsigned)

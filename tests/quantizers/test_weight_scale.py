@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxmpq.formats import NumberFormat, Precision
+from fxmpq.quantizers.codes import dequantize, nearest_codes
 from fxmpq.quantizers.floating import float_layout
-from fxmpq.quantizers.integer import dequantize_weight, weight_codes
+from fxmpq.quantizers.integer import per_channel
 from fxmpq.quantizers.modules import WeightQuantizer
 from fxmpq.quantizers.scales import scale_rows, scale_shape
 from fxmpq.quantizers.weight_scale import (
@@ -22,8 +23,9 @@ WIDTHS = [2, 3, 4, 5, 6, 7, 8, 16]
 
 
 def errors(weight: torch.Tensor, scale: torch.Tensor, number_format: NumberFormat) -> torch.Tensor:
-    codes = weight_codes(weight, scale, number_format, 0)
-    return (dequantize_weight(codes, scale, 0) - weight).double().square().sum(dim=1)
+    spread = per_channel(scale, weight.dim(), 0)
+    codes = nearest_codes(weight, spread, number_format)
+    return (dequantize(codes, spread, number_format) - weight).double().square().sum(dim=1)
 
 
 def brute_force(weight: torch.Tensor, number_format: NumberFormat) -> torch.Tensor:
@@ -70,7 +72,7 @@ def test_low_widths_gain_much_over_the_largest_magnitude() -> None:
 def test_sixteen_bits_use_the_whole_width() -> None:
     weight = weights("normal")
     (scale,) = mse_weight_scales(weight, [NumberFormat(16)], 0)
-    codes = weight_codes(weight, scale, NumberFormat(16), 0)
+    codes = nearest_codes(weight, per_channel(scale, weight.dim(), 0), NumberFormat(16))
     assert codes.abs().amax(dim=1).tolist() == [32767] * 12
 
 
@@ -150,8 +152,10 @@ def test_no_channel_is_worse_than_without_clipping(
     (scale,) = mse_weight_scales(weight, [number_format], 0, p=p)
     (whole,) = minmax_weight_scales(weight, [number_format], 0)
     found, limit = (
-        (dequantize_weight(weight_codes(weight, s, number_format, 0), s, 0) - weight).abs().pow(p)
-        for s in (scale, whole)
+        (dequantize(nearest_codes(weight, s, number_format), s, number_format) - weight)
+        .abs()
+        .pow(p)
+        for s in (scale.unsqueeze(1), whole.unsqueeze(1))
     )
     # Scales are found on channels divided by their peaks, whose rounding may differ.
     slack = 1e-4 * limit.sum(dim=1) + 1e-5 * weight.abs().amax(dim=1) ** p

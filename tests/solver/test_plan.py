@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxmpq.errors import FileFormatError, PlanError, PrecisionError
-from fxmpq.solver.plan import Plan
+from fxmpq.solver.plan import Plan, choices_of
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 names = st.text(max_size=8)
@@ -128,3 +128,10 @@ def test_only_a_noise_power_has_decibels(unit: str) -> None:
     assert Plan({"a": "w8a8"}, loss=0.01).sqnr_db == pytest.approx(20)
     with pytest.raises(PlanError, match="no unit 'nats' of a loss; there are noise, loss, score"):
         Plan({"a": "w8a8"}, unit="nats")
+
+
+def test_choices_are_a_plans_own_or_bare_ones() -> None:
+    plan = Plan({"a": "w4a8"}, fingerprint="this")
+    assert choices_of(plan, "this") == choices_of({"a": "w4a8"}, "that") == {"a": "w4a8"}
+    with pytest.raises(PlanError, match="fingerprint this"):
+        choices_of(plan, "that")

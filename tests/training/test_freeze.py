@@ -12,7 +12,6 @@ from fxmpq.formats import NumberFormat, Precision
 from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.run import float_outputs
 from fxmpq.graph.state import copy_graph, require
-from fxmpq.graph.switch import with_choices
 from fxmpq.graph.trace import trace
 from fxmpq.quantizers.modules import BiasCorrection, WeightQuantizer
 from fxmpq.quantizers.weight_scale import mse_weight_scales
@@ -22,30 +21,6 @@ from fxmpq.training.planned import float_copy, trainable_plan
 Planned = Callable[..., fx.GraphModule]
 PRECISIONS = [Precision(2, 8), Precision(4, 4), Precision(8), Precision()]
 FLOATS = [Precision.parse(text) for text in ("we2m1b16ae5m2", "we4m3ae4m3", "w4b16a8", "w3ta8")]
-
-
-class TiedCalls(nn.Module):
-    """A layer that is called twice, one without a bias, and a tied embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 6)
-        self.mix = nn.Linear(6, 6)
-        self.out = nn.Linear(6, 7, bias=False)
-        self.out.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        hidden = nn.functional.gelu(self.mix(self.embed(ids).relu()))
-        return self.out(self.mix(hidden))
-
-
-def alternating(graph: fx.GraphModule) -> fx.GraphModule:
-    """Groups at their candidates in turn."""
-    groups = require(graph, stage="calibrated").groups
-    chosen = [group.candidates[index % len(group.candidates)] for index, group in enumerate(groups)]
-    return with_choices(
-        graph, {group.name: str(entry) for group, entry in zip(groups, chosen, strict=True)}
-    )
 
 
 def disturb(learning: fx.GraphModule, seed: int = 0) -> None:
@@ -66,11 +41,12 @@ def frozen_of(learning: fx.GraphModule, planned: fx.GraphModule) -> fx.GraphModu
 @pytest.mark.parametrize("candidates", [PRECISIONS, FLOATS], ids=["integers", "floats"])
 def test_the_frozen_graph_computes_what_was_trained_to_the_last_bit(
     calibrated: Planned,
+    in_turn: Planned,
     conv_graph: fx.GraphModule,
     images: list[Tensor],
     candidates: list[Precision],
 ) -> None:
-    planned = alternating(calibrated(conv_graph, images, candidates=candidates))
+    planned = in_turn(calibrated(conv_graph, images, candidates=candidates))
     before = planned(images[0])
     learning = trainable_plan(planned)
     disturb(learning)
@@ -82,10 +58,10 @@ def test_the_frozen_graph_computes_what_was_trained_to_the_last_bit(
     assert require(graph, stage="calibrated") == require(planned, stage="calibrated")
 
 
-def test_shared_weights_and_biases_are_frozen_too(calibrated: Planned) -> None:
-    torch.manual_seed(0)
-    ids = torch.arange(28).reshape(4, 7) % 7
-    planned = alternating(calibrated(trace(TiedCalls(), ids), [ids], candidates=[Precision(4, 8)]))
+def test_shared_weights_and_biases_are_frozen_too(
+    calibrated: Planned, in_turn: Planned, tied_model: nn.Module, ids: Tensor
+) -> None:
+    planned = in_turn(calibrated(trace(tied_model, ids), [ids], candidates=[Precision(4, 8)]))
     learning = trainable_plan(planned)
     disturb(learning)
     graph = frozen_of(learning, planned)
@@ -109,12 +85,13 @@ def test_bert_is_frozen_bit_for_bit(
 @pytest.mark.parametrize("target", ["reference", "onnxruntime"])
 def test_the_frozen_graph_converts(
     calibrated: Planned,
+    in_turn: Planned,
     conv_graph: fx.GraphModule,
     images: list[Tensor],
     target: str,
     tmp_path: Path,
 ) -> None:
-    planned = alternating(calibrated(conv_graph, images, target))
+    planned = in_turn(calibrated(conv_graph, images, target))
     learning = trainable_plan(planned)
     disturb(learning)
     graph = frozen_of(learning, planned)

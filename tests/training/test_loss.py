@@ -22,6 +22,7 @@ from fxmpq.training.loss import (
     check_loss,
     check_was_run,
     classification_loss,
+    divergences,
     loss_value,
     on_device,
 )
@@ -230,3 +231,16 @@ def test_what_is_no_loss_is_refused(loss: object) -> None:
     with pytest.raises(FxmpqError, match=r"a loss is a callable .*fxmpq.StepLoss"):
         check_loss(loss)
     check_loss(functional.cross_entropy)
+
+
+def test_divergences_are_torchs_and_a_class_at_minus_infinity_has_no_share() -> None:
+    generator = torch.Generator().manual_seed(0)
+    reference, found = (torch.randn(4, 3, 5, generator=generator).double() for _ in range(2))
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=reference),
+        torch.distributions.Categorical(logits=found),
+    )
+    assert torch.allclose(divergences(reference, found), expected)
+    reference[..., 0] = found[..., 0] = -torch.inf
+    kept = divergences(reference[..., 1:], found[..., 1:])
+    assert torch.allclose(divergences(reference, found), kept)

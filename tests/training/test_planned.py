@@ -24,50 +24,23 @@ Planned = Callable[..., fx.GraphModule]
 PRECISIONS = [Precision(2, 8), Precision(4, 4), Precision(8), Precision()]
 
 
-def mixed(graph: fx.GraphModule) -> fx.GraphModule:
-    """Groups at their candidates in turn, float among them."""
-    groups = require(graph, stage="calibrated").groups
-    return with_choices(
-        graph,
-        {
-            group.name: str(group.candidates[index % len(group.candidates)])
-            for index, group in enumerate(groups)
-        },
-    )
-
-
-class Shared(nn.Module):
-    """A layer that is called twice, one without a bias, and a tied embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 6)
-        self.mix = nn.Linear(6, 6)
-        self.out = nn.Linear(6, 7, bias=False)
-        self.out.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        hidden = nn.functional.gelu(self.mix(self.embed(ids).relu()))
-        return self.out(self.mix(hidden))
-
-
 @pytest.fixture(scope="module")
-def ids() -> Tensor:
-    return torch.arange(28).reshape(4, 7) % 7
-
-
-@pytest.fixture(scope="module")
-def shared(calibrated: Planned, uniform: Planned, ids: Tensor) -> fx.GraphModule:
-    torch.manual_seed(0)
-    return uniform(calibrated(trace(Shared(), ids), [ids]))
+def shared(
+    calibrated: Planned, uniform: Planned, tied_model: nn.Module, ids: Tensor
+) -> fx.GraphModule:
+    return uniform(calibrated(trace(tied_model, ids), [ids]))
 
 
 @pytest.mark.parametrize("target", ["reference", "onnxruntime"])
 def test_it_begins_with_what_the_plan_computes(
-    calibrated: Planned, conv_graph: fx.GraphModule, images: list[Tensor], target: str
+    calibrated: Planned,
+    conv_graph: fx.GraphModule,
+    images: list[Tensor],
+    in_turn: Planned,
+    target: str,
 ) -> None:
     candidates = PRECISIONS if target == "reference" else None
-    planned = mixed(calibrated(conv_graph, images, target, candidates=candidates))
+    planned = in_turn(calibrated(conv_graph, images, target, candidates=candidates))
     learning = trainable_plan(planned).train()
     for batch in images:
         # Bit for bit: a shift that is added to the bias beforehand is the same addition.
@@ -90,10 +63,10 @@ def test_bert_keeps_its_call_and_its_output_class(
 
 
 def test_every_parameter_learns_and_none_is_the_graphs(
-    calibrated: Planned, conv_graph: fx.GraphModule, images: list[Tensor]
+    calibrated: Planned, conv_graph: fx.GraphModule, images: list[Tensor], in_turn: Planned
 ) -> None:
     """As training in several processes wants it: each parameter is in each pass."""
-    planned = mixed(calibrated(conv_graph, images, candidates=PRECISIONS))
+    planned = in_turn(calibrated(conv_graph, images, candidates=PRECISIONS))
     before = {name: tensor.clone() for name, tensor in planned.state_dict().items()}
     learning = trainable_plan(planned)
     learning(images[0]).square().sum().backward()
@@ -153,10 +126,9 @@ def test_a_shared_bias_and_a_missing_one_have_shifts_that_learn(
 
 
 def test_a_layer_without_bias_and_correction_gets_one_that_begins_at_zero(
-    uniform: Planned, ids: Tensor
+    uniform: Planned, tied_model: nn.Module, ids: Tensor
 ) -> None:
-    torch.manual_seed(0)
-    graph = fxmpq.prepare(trace(Shared(), ids), "reference", candidates=["w4a8"])
+    graph = fxmpq.prepare(trace(tied_model, ids), "reference", candidates=["w4a8"])
     planned = uniform(fxmpq.calibrate(graph, [ids], bias_correction=False, progress=False))
     learning = trainable_plan(planned)
     assert torch.equal(learning(ids), planned(ids))

@@ -90,30 +90,9 @@ def test_every_parameter_is_a_leaf_of_its_own(
     assert kinds == {ActivationQuantizer, WeightQuantizer, BiasCorrection}
 
 
-class Tied(nn.Module):
-    """An output layer that shares the embedding's weight, a layer called twice, and a GELU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 6)
-        self.mix = nn.Linear(6, 6)
-        self.out = nn.Linear(6, 7, bias=False)
-        self.out.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        hidden = nn.functional.gelu(self.mix(self.embed(ids).relu()))
-        return self.out(self.mix(hidden))
-
-
 @pytest.fixture(scope="module")
-def ids() -> Tensor:
-    return torch.arange(28).reshape(4, 7) % 7
-
-
-@pytest.fixture(scope="module")
-def tied(calibrated: Planned, ids: Tensor) -> fx.GraphModule:
-    torch.manual_seed(0)
-    graph = trace(Tied(), ids)
+def tied(calibrated: Planned, tied_model: nn.Module, ids: Tensor) -> fx.GraphModule:
+    graph = trace(tied_model, ids)
     return calibrated(graph, [ids], candidates=[Precision(2, 4), W4A8, Precision(8, 8)])
 
 

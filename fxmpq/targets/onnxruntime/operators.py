@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxmpq.quantizers.integer import dequantize_weight, per_channel
+from fxmpq.quantizers.integer import per_channel
 
 
 @torch.library.custom_op("fxmpq::quantize", mutates_args=())
@@ -37,7 +37,7 @@ def _(codes: Tensor, scale: float, zero_point: int) -> Tensor:
 @torch.library.custom_op("fxmpq::dequantize_channels", mutates_args=())
 def dequantize_channels(codes: Tensor, scale: Tensor) -> Tensor:
     """`scale_c * codes_c` along the first dimension, for stored weights and biases."""
-    return dequantize_weight(codes, scale, 0)
+    return codes.to(scale.dtype) * per_channel(scale, codes.dim(), 0)
 
 
 @dequantize_channels.register_fake

@@ -8,7 +8,8 @@ from torch import Tensor, fx
 from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.operators import OPERATORS, argument
 from fxmpq.graph.rules import TargetRules
-from fxmpq.quantizers.integer import weight_codes
+from fxmpq.quantizers.codes import nearest_codes
+from fxmpq.quantizers.integer import per_channel
 from fxmpq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 from fxmpq.quantizers.ranges import ActivationRange
 from fxmpq.targets.lowering import finish, lower, quantizer_of, store_tensor
@@ -95,7 +96,8 @@ def _codes(
         return quantizer.codes(weight, quantizer.active), quantizer.scale(quantizer.active)
     # Rounding the quantized weight finds its own codes again wherever the scale is unchanged.
     rounded = quantizer.quantize(weight, quantizer.active)
-    return weight_codes(rounded, scale, quantizer.active, quantizer.axis), scale
+    spread = per_channel(scale, weight.dim(), quantizer.axis)
+    return nearest_codes(rounded, spread, quantizer.active), scale
 
 
 def _bias_of(graph: fx.GraphModule, node: fx.Node) -> Tensor | None:
