@@ -25,12 +25,14 @@ _LOGGER = logging.getLogger(__name__)
 class Journal:
     """Numbers per finished unit, in a text file that grows by one line a unit.
 
-    The first line says what run it belongs to. A file of another run is set aside as
-    `<name>.old`, with a warning that names what differs; a last line that was cut off by the
-    interruption is dropped. Lines hold JSON; nothing in them is executed.
+    The first line says what run it belongs to. The file is read at once and touched only when
+    the first unit is recorded, so that a run that is refused leaves everything as it was: then
+    a file of another run is set aside as `<name>.old`, with a warning that names what differs,
+    and a last line that was cut off by the interruption is dropped. Lines hold JSON; nothing in
+    them is executed.
 
     Args:
-        path: The file; made if it is not there.
+        path: The file; made, with its folder, if it is not there.
         run: What identifies the run, as plain data: method, options, model, data.
 
     Raises:
@@ -48,10 +50,8 @@ class Journal:
         self.path = Path(path)
         self.done: dict[str, list[float]] = {}
         header = json.dumps({"schema": SCHEMA, "version": VERSION, "run": dict(run)})
-        lines = self._read(json.loads(header)["run"])
-        # Rewritten whole, so that a line cut off by an interruption is gone.
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, "".join(f"{line}\n" for line in [header, *lines]))
+        self._differing: list[str] = []
+        self._opening: list[str] | None = [header, *self._read(json.loads(header)["run"])]
 
     def record(self, name: str, numbers: Sequence[float]) -> None:
         """Append a unit and wait until the disk has it.
@@ -61,11 +61,31 @@ class Journal:
             numbers: Its result.
         """
         found = [float(number) for number in numbers]
+        self._open()
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps([name, found]) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self.done[name] = found
+
+    def _open(self) -> None:
+        """Make the file ready to grow, once."""
+        if self._opening is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._differing:
+            aside = self.path.with_name(f"{self.path.name}.old")
+            self.path.replace(aside)
+            _LOGGER.warning(
+                "%s belongs to another run (%s differ); it was moved to %s, and the work starts "
+                "anew",
+                self.path,
+                ", ".join(self._differing),
+                aside.name,
+            )
+        # Rewritten whole, so that a line cut off by an interruption is gone.
+        write_atomically(self.path, "".join(f"{line}\n" for line in self._opening))
+        self._opening = None
 
     def _read(self, run: Mapping[str, object]) -> list[str]:
         """Read the units of an earlier run of the same kind; returns their lines."""
@@ -75,16 +95,8 @@ class Journal:
         first, *lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         found = self._header(first)
         if found != run:
-            differing = sorted(key for key in {*found, *run} if found.get(key) != run.get(key))
-            aside = self.path.with_name(f"{self.path.name}.old")
-            self.path.replace(aside)
-            _LOGGER.warning(
-                "%s belongs to another run (%s differ); it was moved to %s, and the work starts "
-                "anew",
-                self.path,
-                ", ".join(differing),
-                aside.name,
-            )
+            keys = {*found, *run}
+            self._differing = sorted(key for key in keys if found.get(key) != run.get(key))
             return []
         kept = []
         for line in lines[:-1]:

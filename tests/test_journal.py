@@ -56,9 +56,13 @@ def test_another_run_starts_anew_and_loses_nothing(
     path = tmp_path / "run.journal"
     Journal(path, RUN).record("a", [1.0])
     before = path.read_text()
-    with caplog.at_level(logging.WARNING):
-        journal = Journal(path, {**RUN, "data": "abc", "options": {"seed": 1}})
+    journal = Journal(path, {**RUN, "data": "abc", "options": {"seed": 1}})
     assert journal.done == {}
+    # Nothing is touched before there is something to keep: the request may yet be refused.
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
+    with caplog.at_level(logging.WARNING):
+        journal.record("a", [2.0])
     assert "data, options" in caplog.text
     assert (tmp_path / "run.journal.old").read_text() == before
 
@@ -111,7 +115,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes) -> 
 @pytest.mark.parametrize("line", ["hello", "[1]", '["a", 3]', '["a", ["b"]]', "null"])
 def test_a_line_in_the_middle_that_is_no_unit_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "run.journal"
-    Journal(path, RUN)
+    Journal(path, RUN).record("a", [1.0])
     path.write_text(path.read_text() + line + '\n["b", [1.0]]\n')
     with pytest.raises(FileFormatError, match="a line that is no finished unit: .*Delete"):
         Journal(path, RUN)

@@ -101,6 +101,7 @@ class Units(Tracked):
             for module in modules
             for leaf, tensor in quantizer_tensors(graph.get_submodule(module)).items()
         }
+        self._folder.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
         save_file(tensors, partial)
         partial.replace(file)

@@ -285,6 +285,19 @@ def test_another_run_is_not_gone_on_with(
     assert len(RAN) == sum(found.method == "flip" for found in state_of(refined).refinements)
 
 
+def test_a_value_that_is_refused_leaves_the_folder_as_it_was(conv: Subject, tmp_path: Path) -> None:
+    folder = tmp_path / "layers"
+    request: dict[str, Any] = {"method": "gptq", "resume": folder, "progress": False}
+    with pytest.raises(FxmpqError, match="damping must be"):
+        fxmpq.refine(conv.planned, None, conv.batches, damping=-1.0, **request)
+    assert not folder.exists()
+    fxmpq.refine(conv.planned, None, conv.batches, **request)
+    kept = {file: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(FxmpqError, match="damping must be"):
+        fxmpq.refine(conv.planned, None, conv.batches, damping=-1.0, **request)
+    assert {file: file.read_bytes() for file in folder.iterdir()} == kept
+
+
 def test_a_file_is_no_folder_to_resume_from(conv: Subject, tmp_path: Path) -> None:
     (tmp_path / "journal").write_text("x")
     with pytest.raises(FileFormatError, match="is a file"):

@@ -144,11 +144,13 @@ def test_another_runs_folder_is_set_aside_with_a_warning(
     with pytest.raises(KilledError):
         shake(copy_graph(subject.planned), subject.batches, Units(tmp_path, RUN), 3)
     kept = {file: file.read_bytes() for file in tmp_path.glob("*.safetensors")}
-    with caplog.at_level(logging.WARNING, "fxmpq.journal"):
-        units = Units(tmp_path, {**RUN, "seed": 2})
+    units = Units(tmp_path, {**RUN, "seed": 2})
+    with (
+        caplog.at_level(logging.WARNING, "fxmpq.journal"),
+        pytest.raises(KilledError),
+    ):
+        shake(copy_graph(subject.planned), subject.batches, units, 1)
     assert "belongs to another run (seed differ)" in caplog.text
-    with pytest.raises(KilledError):
-        shake(copy_graph(subject.planned), subject.batches, units, 0)
     # The journal that was set aside still has its own files.
     (tmp_path / "units.journal.old").replace(tmp_path / "units.journal")
     shake(copy_graph(subject.planned), subject.batches, Units(tmp_path, {**RUN, "seed": 2}))
