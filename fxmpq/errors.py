@@ -17,6 +17,10 @@ class TraceError(FxmpqError):
     """The model cannot be exported, or the graph is not in canonical form."""
 
 
+class LegalityError(FxmpqError):
+    """A graph is not what it has to be at its stage: a fault of fxmpq's, or of who changed it."""
+
+
 class BatchError(FxmpqError):
     """A batch does not fit the model's inputs."""
 

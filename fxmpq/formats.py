@@ -17,9 +17,8 @@ from fxmpq.granularity import (
 
 _INTEGER_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 _FORMAT = r"\d+|e4m3|e5m2|e2m1"
-_PRECISION = re.compile(
-    rf"w(?P<weight>{_FORMAT})(?:(?P<tensor>t)|b(?P<block>\d+))?(?:a(?P<activation>{_FORMAT}))?"
-)
+_WEIGHT = rf"w(?P<weight>{_FORMAT})(?:(?P<tensor>t)|b(?P<block>\d+))?"
+_PRECISION = re.compile(rf"(?=.)(?:{_WEIGHT})?(?:a(?P<activation>{_FORMAT}))?")
 
 
 class Scheme(Enum):
@@ -148,12 +147,13 @@ class NumberFormat:
 class Precision:
     """A weight format and an activation format, as in `w4a8`; `None` stands for float.
 
-    `Precision.parse` reads the names people write, `w<format>[<granularity>][a<format>]` and
-    `fp32` (all float). A format is the width of an integer (`4`) or a small float (`e4m3`,
-    `e5m2`, `e2m1`). The granularity says how many weights share a scale: those of an output
-    channel if it is left out, `t` the whole tensor, `b32` blocks of 32. Activations have one
-    scale per tensor; without `a<format>` they stay float. So `w4a8` has 4-bit weights and 8-bit
-    activations, `w4b128` 4-bit weights in blocks of 128, `we4m3ae4m3` 8-bit floats.
+    `Precision.parse` reads the names people write, `w<format>[<granularity>][a<format>]`,
+    `a<format>` and `fp32` (all float). A format is the width of an integer (`4`) or a small float
+    (`e4m3`, `e5m2`, `e2m1`). The granularity says how many weights share a scale: those of an
+    output channel if it is left out, `t` the whole tensor, `b32` blocks of 32. Activations have
+    one scale per tensor; without `a<format>` they stay float. So `w4a8` has 4-bit weights and
+    8-bit activations, `w4b128` 4-bit weights in blocks of 128, `we4m3ae4m3` 8-bit floats. What
+    has no weight, a product of two activations, is at `a8`: both operands in 8 bits.
 
     Args:
         weight: Format of the weight codes, or the width of a symmetric integer one with a scale
@@ -162,8 +162,7 @@ class Precision:
             `None` for float.
 
     Raises:
-        PrecisionError: If a width does not exist, only the activation has one, or a format does
-            not suit its place.
+        PrecisionError: If a width does not exist, or a format does not suit its place.
 
     Examples:
         >>> Precision.parse("w4a8") == Precision(4, 8)
@@ -186,11 +185,6 @@ class Precision:
             activation = NumberFormat(activation, Scheme.AFFINE)
         if isinstance(weight, int):
             weight = NumberFormat(weight)
-        if weight is None and activation is not None:
-            raise PrecisionError(
-                f"activations at {activation.bits} bits with float weights is not a "
-                "precision; write for example 'w8a8', 'w4' or 'fp32'"
-            )
         if weight is not None and weight.scheme is Scheme.AFFINE:
             raise PrecisionError(f"weights are symmetric or floats, not {weight.name}")
         if activation is not None and (
@@ -205,7 +199,7 @@ class Precision:
 
     @classmethod
     def parse(cls, text: str | Precision) -> Precision:
-        """Read `w4a8`, `w4b32`, `we4m3ae4m3` or `fp32`; a `Precision` is returned as it is."""
+        """Read `w4a8`, `w4b32`, `we4m3ae4m3`, `a8` or `fp32`; a `Precision` is returned as is."""
         if isinstance(text, Precision):
             return text
         name = text.strip().lower()
@@ -216,20 +210,25 @@ class Precision:
             raise PrecisionError(
                 f"cannot read the precision {text!r}; write 'w<format>a<format>' as in 'w4a8' or "
                 "'we4m3ae4m3', 'w<format>' for weight-only as in 'w4', with 't' (per tensor) or "
-                "'b<size>' (per block) behind the weight's format as in 'w4b32a8', or 'fp32'"
+                "'b<size>' (per block) behind the weight's format as in 'w4b32a8', 'a<format>' for "
+                "a product of two activations as in 'a8', or 'fp32'"
             )
         granularity: Granularity = PerBlock(int(match["block"])) if match["block"] else PerChannel()
-        weight = _read(match["weight"], PerTensor() if match["tensor"] else granularity)
+        weight = None
+        if match["weight"] is not None:
+            weight = _read(match["weight"], PerTensor() if match["tensor"] else granularity)
         if match["activation"] is None:
             return cls(weight)
         read = _read(match["activation"], PerTensor())
         return cls(weight, read if not read.is_integer else read.bits)
 
     def __str__(self) -> str:
-        if self.weight is None:
-            return "fp32"
-        text = f"w{_kind(self.weight)}{granularity_suffix(self.weight.granularity)}"
-        return text if self.activation is None else f"{text}a{_kind(self.activation)}"
+        text = ""
+        if self.weight is not None:
+            text = f"w{_kind(self.weight)}{granularity_suffix(self.weight.granularity)}"
+        if self.activation is not None:
+            text += f"a{_kind(self.activation)}"
+        return text or "fp32"
 
     def __repr__(self) -> str:
         return f"Precision.parse({str(self)!r})"
@@ -250,9 +249,14 @@ class Precision:
         return Precision(self.weight)
 
     @property
+    def activation_only(self) -> Precision:
+        """The same activations without weights, as a product of two activations has them."""
+        return Precision(None, self.activation)
+
+    @property
     def is_float(self) -> bool:
         """Whether nothing is quantized."""
-        return self.weight is None
+        return self.weight is None and self.activation is None
 
     @property
     def sort_key(self) -> tuple[int, int, int, str]:

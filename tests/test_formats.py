@@ -143,6 +143,8 @@ def test_names_round_trip(precision: Precision) -> None:
         ),
         ("we2m1b16a8", Precision(float_format(Scheme.E2M1, PerBlock(16)), 8)),
         ("w8ae5m2", Precision(8, float_format(Scheme.E5M2, PerTensor()))),
+        ("a8", Precision(None, 8)),
+        ("ae4m3", Precision(activation=float_format(Scheme.E4M3, PerTensor()))),
     ],
 )
 def test_parse(name: str, expected: Precision) -> None:
@@ -153,8 +155,8 @@ def test_parse(name: str, expected: Precision) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *["", "8", "int8", "a8", "w4a", "wa8", "w4 a8", "w-4", "w4a8a8", "fp16"],
-        *["w4b", "w4b32t", "w4tb32", "w4a8b32", "we3m4", "we4m3ae4m", "ae4m3", "wfp8"],
+        *["", "8", "int8", "a", "w4a", "wa8", "w4 a8", "w-4", "w4a8a8", "fp16"],
+        *["w4b", "w4b32t", "w4tb32", "w4a8b32", "we3m4", "we4m3ae4m", "a4b32", "wfp8"],
     ],
 )
 def test_an_unreadable_name_is_refused_with_examples(name: str) -> None:
@@ -168,9 +170,18 @@ def test_a_block_of_one_is_refused() -> None:
         Precision.parse("w4b1a8")
 
 
-def test_quantized_activations_need_quantized_weights() -> None:
-    with pytest.raises(PrecisionError, match="activations at 8 bits with float weights"):
-        Precision(None, 8)
+@given(precisions)
+def test_halves_make_up_a_precision(precision: Precision) -> None:
+    weights, activations = precision.weight_only, precision.activation_only
+    assert Precision(weights.weight, activations.activation) == precision
+    assert (weights.activation, activations.weight) == (None, None)
+    assert precision.is_float == (weights.is_float and activations.is_float)
+    assert activations.is_float == (precision.activation_bits is None)
+
+
+def test_activations_alone_are_between_quantized_weights_and_float() -> None:
+    names = ["w8a8", "w8", "a4", "a8", "fp32"]
+    assert sorted({*names}, key=lambda name: Precision.parse(name).sort_key) == names
 
 
 def test_formats_must_suit_their_place() -> None:

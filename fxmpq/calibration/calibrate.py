@@ -14,7 +14,8 @@ from fxmpq.errors import CalibrationError
 from fxmpq.formats import Precision
 from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.batches import Batch, materialize
-from fxmpq.graph.operators import OPERATORS, argument
+from fxmpq.graph.debug import checked
+from fxmpq.graph.operators import OPERATORS, argument, output_channels
 from fxmpq.graph.state import Group, Layer, copy_graph, require, with_state
 from fxmpq.graph.switch import switch_group
 from fxmpq.progress import track
@@ -40,8 +41,9 @@ def calibrate(
 
     A rule finds activation ranges per tensor, on streaming histograms, and another the scales of
     weights; bias corrections remove the mean that weight rounding takes from each channel of a
-    layer's output. Memory does not grow with the data, and whatever the rules and however many
-    the formats, the data is passed once.
+    layer's output. Tensors that the target must store with one scale
+    (`TargetRules.shared_ranges`) get one range, found on the values of all. Memory does not grow
+    with the data, and whatever the rules and however many the formats, the data is passed once.
 
     Args:
         graph: From `prepare`; copied, not changed. One that was calibrated before is calibrated
@@ -90,7 +92,7 @@ def calibrate(
                     mean_input = observations.means[layer.node] if bias_correction else None
                     _set_bias_shifts(calibrated, layer, nodes[layer.node], mean_input)
     state = replace(state, calibrated=True, calibration=chosen, choices={}, refinements=())
-    return with_state(calibrated, state)
+    return checked(with_state(calibrated, state), "calibrate")
 
 
 def _check_weights(graph: fx.GraphModule, groups: Sequence[Group]) -> None:
@@ -164,7 +166,7 @@ def mean_output(node: fx.Node, weight: Tensor, mean_input: MeanInput) -> Tensor:
     operator = OPERATORS[node.target]
     assert operator.bias is not None and callable(node.target)
     channel_axis = -1 if operator.kind == "linear" else 1
-    total = torch.zeros(weight.shape[0], device=weight.device)
+    total = torch.zeros(output_channels(node, weight.shape), device=weight.device)
     positions = 0
     for inputs, samples in mean_input.totals():
         args = list(node.args)

@@ -24,7 +24,7 @@ class Observations(fx.Interpreter):
         graph: A prepared graph, every quantizer off.
 
     Attributes:
-        histograms: Per activation quantizer module name.
+        histograms: Per activation quantizer module name; those of one range share theirs.
         means: Per layer node name, for layers with a bias correction.
     """
 
@@ -36,6 +36,8 @@ class Observations(fx.Interpreter):
             for group in state.groups
             for name in group.activation_quantizers
         }
+        for names in state.shared_ranges:
+            self.histograms.update(dict.fromkeys(names, self.histograms[names[0]]))
         self.means = {
             layer.node: MeanInput()
             for group in state.groups
@@ -104,10 +106,8 @@ _REMEDY = "check the data's normalisation and the model's weights"
 
 
 def _owners(state: GraphState) -> dict[str, str]:
-    """A layer's name per activation quantizer."""
-    owners = {
-        name: group.layers[0].name for group in state.groups for name in group.activation_quantizers
-    }
+    """A layer's or product's name per activation quantizer."""
+    owners = {name: group.name for group in state.groups for name in group.activation_quantizers}
     for group in state.groups:
         for layer in group.layers:
             if layer.input_quantizer is not None:

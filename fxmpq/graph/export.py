@@ -7,28 +7,29 @@ import functools
 import inspect
 import io
 import logging
-import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from fxmpq.errors import BatchError, TraceError
 from fxmpq.graph.aliases import writes_through_views
 from fxmpq.graph.batches import batch_size, fixed_size
-
-_OWN_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+from fxmpq.graph.reasons import failure, first_line, noted_sizes, user_line
+from fxmpq.graph.state import FixedSize
 
 
 def export_program(
     model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-) -> tuple[ExportedProgram, bool]:
-    """Export with free batch and sequence sizes, or with fixed ones if that fails.
+) -> tuple[ExportedProgram, bool, tuple[FixedSize, ...]]:
+    """Export with free batch and sequence sizes, or with fixed ones where that fails.
+
+    If no export takes free sequence sizes, one with a free batch alone is tried, and at last one
+    with all sizes fixed.
 
     Args:
         model: In eval mode.
@@ -36,30 +37,53 @@ def export_program(
         kwargs: Keyword arguments of the example call.
 
     Returns:
-        The program, and whether its batch size is free.
+        The program, whether its batch size is free, and the sizes of samples and sequences that
+        are fixed in it, with reasons.
 
     Raises:
         BatchError: If the model itself cannot run the example.
         TraceError: If the model does not export, with the line that torch.export stopped at.
     """
-    try:
-        shapes = _free_shapes(model, args, kwargs)
-        with _named_arguments(model, list(shapes)):
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-        return _functional(program), _batch_is_free(program)
-    except Exception:  # noqa: BLE001, S110  (fixed sizes decide whether it exports at all)
-        pass
+    samples = batch_size(pytree.tree_leaves((args, kwargs)))
+    reasons: dict[int, str] = {}
+    for sequences in (True, False):
+        try:
+            shapes = _free_shapes(model, args, kwargs, sequences=sequences)
+            if not sequences and shapes == _free_shapes(model, args, kwargs, sequences=True):
+                break
+            with _named_arguments(model, list(shapes)), noted_sizes() as noted:
+                program = _export(model, args, kwargs, shapes)
+            fixed = _fixed_sizes(program, samples, reasons, noted)
+            return _functional(program), _batch_is_free(program), fixed
+        except Exception as error:  # noqa: BLE001  (fixed sizes decide whether it exports at all)
+            reasons[1 if sequences else 0] = failure(error)
     _check_runs(model, args, kwargs)
     try:
-        return _functional(torch.export.export(model, args, kwargs, strict=False)), False
+        program = _export(model, args, kwargs, None)
+        return _functional(program), False, _fixed_sizes(program, samples, reasons, {})
     except Exception as error:
         raise TraceError(
-            f"torch.export cannot take {type(model).__name__}: {_first_line(error)}\n"
-            f"It stopped at {_user_line(error)}\n"
+            f"torch.export cannot take {type(model).__name__}: {first_line(error)}\n"
+            f"It stopped at {user_line(error)}\n"
             "What usually helps: replace control flow that depends on tensor values "
             "(`if x.sum() > 0`, `.item()`, `.numpy()`) by torch.where or torch.cond, or trace "
             "the sub-module that does the work."
         ) from error
+
+
+def _export(
+    model: nn.Module,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+    shapes: dict[str, object] | None,
+) -> ExportedProgram:
+    """Export with copies of the example.
+
+    torch.export marks free sizes on the tensors themselves, and an export that fails leaves the
+    marks there, so that the next one would have those sizes free too.
+    """
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+    return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
 @contextmanager
@@ -88,9 +112,9 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
 
 
 def _free_shapes(
-    model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], *, sequences: bool
 ) -> dict[str, object]:
-    """Leave the batch dimension free, and of integer inputs the sequence dimension too.
+    """Leave the batch dimension free, and of integer inputs the sequence dimension if asked.
 
     Per argument, under the model's own names, since keyword arguments may come in any order.
     """
@@ -105,7 +129,7 @@ def _free_shapes(
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != samples:
             return None
         free: dict[int, object] = {0: Dim.AUTO}
-        if not leaf.is_floating_point() and leaf.dim() > 1 and leaf.shape[1] > 1:
+        if sequences and not leaf.is_floating_point() and leaf.dim() > 1 and leaf.shape[1] > 1:
             free[1] = Dim.AUTO
         return free
 
@@ -150,31 +174,52 @@ def _batch_is_free(program: ExportedProgram) -> bool:
     return bool(sizes) and fixed_size(sizes[0]) is None
 
 
+def _fixed_sizes(
+    program: ExportedProgram, samples: int, reasons: Mapping[int, str], noted: Mapping[str, str]
+) -> tuple[FixedSize, ...]:
+    """The sizes that were to be free and are numbers in a program.
+
+    Args:
+        program: As exported.
+        samples: Of the example.
+        reasons: Of exports with free sizes that failed: of samples, 0, and of sequences, 1.
+        noted: Line of the model per size, from `noted_sizes`.
+    """
+    inputs = set(program.graph_signature.user_inputs)
+    found = []
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "placeholder" or node.name not in inputs or not isinstance(value, Tensor):
+            continue
+        sizes = [fixed_size(size) for size in value.shape]
+        if not sizes or sizes[0] not in (None, samples):
+            continue
+        # A sequence of one value is not to be free.
+        is_sequence = not value.is_floating_point() and len(sizes) > 1 and sizes[1] != 1
+        for dimension, size in enumerate(sizes[: 1 + is_sequence]):
+            if size is not None:
+                reason = reasons.get(dimension) or reasons.get(1) or _line(node, dimension, noted)
+                found.append(FixedSize(node.name, dimension, size, reason))
+    return tuple(found)
+
+
+def _line(node: fx.Node, dimension: int, noted: Mapping[str, str]) -> str:
+    """Where the model fixed a size, as far as that was noted."""
+    ending = f".size()[{dimension}]"
+    lines = {name: line for name, line in noted.items() if name.endswith(ending) and line}
+    own = [line for name, line in lines.items() if repr(str(node.target)) in name]
+    line = next(iter([*own, *lines.values()]), "")
+    return f"the model fixes it at {line}" if line else "torch.export fixes it, without a reason"
+
+
 def _check_runs(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
     """Tell a batch that does not fit the model from a model that does not export."""
     try:
         model(*args, **kwargs)
     except Exception as error:
         raise BatchError(
-            f"{type(model).__name__} cannot run this batch: {_first_line(error)}\n"
-            f"It stopped at {_user_line(error)}\n"
+            f"{type(model).__name__} cannot run this batch: {first_line(error)}\n"
+            f"It stopped at {user_line(error)}\n"
             "A batch is what the model takes: a tensor, a tuple of arguments, or a mapping of "
             "keyword arguments."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-
-
-def _user_line(error: Exception) -> str:
-    """The innermost line of the model's own code on the way to an error."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if Path(frame.filename).is_file() and not frame.filename.startswith(_OWN_FOLDERS)
-    ]
-    if not frames:
-        return "an unknown line"
-    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}"

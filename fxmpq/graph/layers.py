@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.batches import batch_size
-from fxmpq.graph.operators import FLOAT_MATMULS, argument, operator_of
+from fxmpq.graph.operators import FLOAT_MATMULS, RECURRENT, argument, operator_of
 from fxmpq.graph.state import Layer, LeftFloat, node_shape, state_of
 
 aten = torch.ops.aten
@@ -55,14 +55,13 @@ def find_layers(graph: fx.GraphModule) -> FoundLayers:
         if operator is None:
             continue
         weight_node = argument(node, operator.weight)
-        output = node_shape(node) or torch.Size()
+        source, output = _shape(argument(node, operator.input)), _shape(node)
         if not isinstance(weight_node, fx.Node) or weight_node.op != "get_attr":
-            weight_shape = node_shape(weight_node) if isinstance(weight_node, fx.Node) else None
-            macs = operator.macs(output, weight_shape or torch.Size()) // samples
+            macs = operator.macs(source, output, _shape(weight_node)) // samples
             left.append(LeftFloat(place_of(node), "its weight is computed, not stored", macs))
             continue
         weight = get_tensor(graph, str(weight_node.target))
-        macs = operator.macs(output, weight.shape) // samples
+        macs = operator.macs(source, output, weight.shape) // samples
         name = layer_name(str(weight_node.target))
         calls[name] += 1
         name = name if calls[name] == 1 else f"{name}#{calls[name]}"
@@ -78,6 +77,11 @@ def find_layers(graph: fx.GraphModule) -> FoundLayers:
             )
         )
     return FoundLayers(tuple(layers), tuple(left))
+
+
+def _shape(node: object) -> torch.Size:
+    found = node_shape(node) if isinstance(node, fx.Node) else None
+    return found or torch.Size()
 
 
 def layer_name(weight: str) -> str:
@@ -98,23 +102,30 @@ def float_matmul_macs(node: fx.Node) -> int:
 
     Fused attention with query `[..., T, d]`, key `[..., S, d]`, value `[..., S, e]` does
     `T S (d + e)` for each leading index; a matrix product `[..., T, d] x [d, S]` does
-    `T d S`; for a transposed convolution each input value meets the weights of its channel.
+    `T d S`; a recurrent layer multiplies all its matrices at each position.
     """
     if node.target is aten.einsum.default:
         return _einsum_macs(node)
+    if node.target in RECURRENT:
+        return _recurrent_macs(node)
     shapes = [node_shape(arg) for arg in node.args if isinstance(arg, fx.Node)]
     known = [shape for shape in shapes if shape is not None]
     output = node_shape(node) or torch.Size([0])
     if node.target is aten.scaled_dot_product_attention.default and len(known) >= 3:
         query, key, value = known[:3]
         return int(query[:-1].numel() * key[-2] * (query[-1] + value[-1]))
-    if str(node.target).startswith("aten.conv_transpose") and len(known) >= 2:
-        source, weight = known[:2]
-        return int(source.numel() * weight[1:].numel())
     products = [shape for shape in known if len(shape) >= 2]
     if node.target in (aten.addmm.default, aten.baddbmm.default) and len(products) >= 2:
         return int(output.numel() * products[-2][-1])
     return int(output.numel() * known[0][-1]) if known and len(known[0]) > 0 else 0
+
+
+def _recurrent_macs(node: fx.Node) -> int:
+    source, weights = _shape(node.args[0]), node.args[2]
+    assert isinstance(weights, (tuple, list))
+    shapes = [_shape(weight) for weight in weights]
+    each = sum(shape.numel() for shape in shapes if len(shape) == 2)
+    return source[:-1].numel() * each
 
 
 def _einsum_macs(node: fx.Node) -> int:

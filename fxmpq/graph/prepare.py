@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import fx
 
 from fxmpq.errors import PrecisionError
 from fxmpq.formats import NumberFormat, Precision
+from fxmpq.graph.asked_products import NO_PRODUCTS, ask_products
 from fxmpq.graph.attributes import get_tensor
-from fxmpq.graph.groups import form_groups
+from fxmpq.graph.debug import checked
+from fxmpq.graph.findings import Fusion, Join
+from fxmpq.graph.fusions import find_fusions
+from fxmpq.graph.groups import Grouping, form_groups
 from fxmpq.graph.layers import find_layers
-from fxmpq.graph.legality import check_prepared
+from fxmpq.graph.legality.stages import check_stage
 from fxmpq.graph.operators import OPERATORS, argument
+from fxmpq.graph.patterns import Ties, read_ties
 from fxmpq.graph.rules import TargetRules
+from fxmpq.graph.shared_ranges import SharedRanges, find_shared_ranges, joins_for_ranges
 from fxmpq.graph.sites import Site, find_sites
-from fxmpq.graph.state import Group, Layer, LeftFloat, copy_graph, require, with_state
+from fxmpq.graph.state import Group, Layer, LeftFloat, Member, copy_graph, require, with_state
 from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
 
 _HOME = "quantizers"
@@ -30,12 +37,15 @@ def insert_quantizers(
     candidates: Sequence[Precision] | None = None,
     keep: Mapping[str, Precision] | None = None,
     exclude: Sequence[str] = (),
+    ties: Ties = (),
+    products: bool = False,
 ) -> fx.GraphModule:
     """Group a graph's layers by a target's rules and insert quantizers, all off.
 
     Every distinct weight gets a weight quantizer, every weighted call a bias correction (unless
     its bias is computed), and every tensor the target stores in low bits an activation
-    quantizer. With all of them off the graph computes what it did before, bit for bit.
+    quantizer. With all of them off the graph computes what it did before, bit for bit; but where
+    `products` takes fused attention apart, it agrees to rounding.
 
     Args:
         graph: From `trace`; it is copied, not changed.
@@ -43,40 +53,80 @@ def insert_quantizers(
         candidates: Precisions to choose from; the target's defaults if `None`.
         keep: fnmatch pattern on layer names to a precision these layers must have.
         exclude: fnmatch patterns of layers that stay float, even where `keep` matches too.
+        ties: Each entry an fnmatch pattern, or several, whose layers share a precision.
+        products: Whether products of two activations are quantized, those of attention included.
 
     Returns:
         The prepared graph; `fxmpq.graph.state.state_of` tells its groups.
 
     Raises:
-        PrecisionError: If the target cannot run a candidate, or a weight is not `float32`.
-        PatternError: If a pattern matches no layer.
+        PrecisionError: If the target cannot run a candidate, a weight is not `float32`, or there
+            is nothing for products to take.
+        PatternError: If a pattern matches no layer, or a tie one layer only.
     """
     state = require(graph, stage="traced")
     wanted = tuple(candidates) if candidates is not None else rules.default_candidates
     pins = dict(keep or {})
-    rules.check([*wanted, *pins.values()])
+    rules.check([*wanted, *pins.values()], products=products)
     prepared = copy_graph(graph)
+    asked = NO_PRODUCTS
+    if products:
+        asked = ask_products(prepared, rules, wanted, pins, exclude)
     found = find_layers(prepared)
-    groups = form_groups(prepared, found.layers, rules, wanted, pins, exclude)
+    fused = find_fusions(prepared, found.layers, rules.fusions)
+    form = partial(
+        form_groups, prepared, found.layers, rules, wanted, pins, exclude, read_ties(ties)
+    )
+    form = partial(form, asked=asked)
+    grouping, sites, shared = _arrange(prepared, form, rules, fused.fusions)
+    groups = grouping.groups
     _check_dtypes(prepared, groups)
-    sites = find_sites(prepared, groups, rules)
     owned = _insert_activation_quantizers(prepared, groups, sites)
     nodes = {node.name: node for node in prepared.graph.nodes}
-    finished = tuple(_finish_group(prepared, nodes, group, owned) for group in groups)
+    weights: dict[str, fx.Node] = {}
+    finished = tuple(_finish_group(prepared, nodes, group, owned, weights) for group in groups)
     excluded = tuple(
-        LeftFloat(layer.name, _why_float(layer, rules))
+        LeftFloat(member.name, _why_float(member, rules))
         for group in finished
         if group.candidates == (Precision(),)
-        for layer in group.layers
+        for member in group.members
     )
     prepared.recompile()
-    check_prepared(prepared, frozenset(_module_names(finished)))
-    return with_state(
+    with_state(
         prepared,
         replace(
-            state, target=rules.name, groups=finished, left_float=(*found.left_float, *excluded)
+            state,
+            target=rules.name,
+            groups=finished,
+            left_float=(*asked.without(found.left_float, prepared), *excluded),
+            fusions=fused.fusions,
+            joins=grouping.joins,
+            missed=(*fused.missed, *grouping.missed, *shared.missed),
+            shared_ranges=tuple(
+                tuple(_activation_name(index) for index in members) for members in shared.classes
+            ),
         ),
     )
+    check_stage(prepared, "prepared", needed_only=True)
+    return checked(prepared, "prepare")
+
+
+def _arrange(
+    graph: fx.GraphModule,
+    form: Callable[..., Grouping],
+    rules: TargetRules,
+    fusions: Sequence[Fusion],
+) -> tuple[Grouping, list[Site], SharedRanges]:
+    """Form groups and find their sites; again where tensors of one range ask for more joins."""
+    further: tuple[Join, ...] = ()
+    while True:
+        grouping = form(further)
+        sites = find_sites(graph, grouping.groups, rules, fusions)
+        shared = find_shared_ranges(graph, sites, rules, fusions)
+        found = joins_for_ranges(shared, sites, grouping.groups)
+        if not found:
+            return grouping, sites, shared
+        further += found
 
 
 def _check_dtypes(graph: fx.GraphModule, groups: Sequence[Group]) -> None:
@@ -90,29 +140,25 @@ def _check_dtypes(graph: fx.GraphModule, groups: Sequence[Group]) -> None:
                 )
 
 
-def _why_float(layer: Layer, rules: TargetRules) -> str:
-    if layer.kind not in rules.operators:
-        return f"target {rules.name!r} has no quantized {layer.kind}"
+def _why_float(member: Member, rules: TargetRules) -> str:
+    if member.kind not in rules.operators:
+        return f"target {rules.name!r} has no quantized {member.kind}"
     return "kept in float by the user"
 
 
-def _module_names(groups: Sequence[Group]) -> list[str]:
-    names: list[str] = []
-    for group in groups:
-        names += group.activation_quantizers
-        names += {layer.weight_quantizer for layer in group.layers if layer.weight_quantizer}
-        names += [layer.bias_correction for layer in group.layers if layer.bias_correction]
-    return names
+def _activation_name(site: int) -> str:
+    """Module name of a site's quantizer."""
+    return f"{_HOME}.activation_{site}"
 
 
 def _insert_activation_quantizers(
     graph: fx.GraphModule, groups: Sequence[Group], sites: Sequence[Site]
-) -> dict[fx.Node, tuple[str, str]]:
-    """Insert a quantizer behind each site; returns quantizer node -> (group, module name)."""
+) -> dict[str, list[str]]:
+    """Insert a quantizer behind each site; returns the module names of each group's."""
     by_name = {group.name: group for group in groups}
-    inserted: dict[fx.Node, tuple[str, str]] = {}
+    inserted: dict[str, list[str]] = {}
     for index, site in enumerate(sites):
-        module_name = f"{_HOME}.activation_{index}"
+        module_name = _activation_name(index)
         formats = _distinct(candidate.activation for candidate in by_name[site.group].candidates)
         quantizer = ActivationQuantizer(f"{site.value.name} ({site.group})", formats)
         graph.add_submodule(module_name, quantizer)
@@ -123,7 +169,7 @@ def _insert_activation_quantizers(
         node.meta["example_shape"] = site.value.meta.get("example_shape")
         for reader in readers:
             reader.replace_input_with(site.value, node)
-        inserted[node] = (site.group, module_name)
+        inserted.setdefault(site.group, []).append(module_name)
     return inserted
 
 
@@ -131,25 +177,35 @@ def _finish_group(
     graph: fx.GraphModule,
     nodes: Mapping[str, fx.Node],
     group: Group,
-    owned: Mapping[fx.Node, tuple[str, str]],
+    owned: Mapping[str, list[str]],
+    weights: dict[str, fx.Node],
 ) -> Group:
-    """Insert a group's weight quantizers and bias corrections and write down their names."""
+    """Insert a group's weight quantizers and bias corrections and write down their names.
+
+    `weights` holds the calls of weight quantizers so far, by module name.
+    """
     if group.candidates == (Precision(),):
         return group
-    layers = tuple(_insert_weight_quantizer(graph, nodes, group, layer) for layer in group.layers)
-    modules = tuple(name for owner, name in owned.values() if owner == group.name)
-    return replace(group, layers=layers, activation_quantizers=modules)
+    layers = tuple(
+        _insert_weight_quantizer(graph, nodes[layer.node], group, layer, weights)
+        for layer in group.layers
+    )
+    return replace(group, layers=layers, activation_quantizers=tuple(owned.get(group.name, ())))
 
 
 def _insert_weight_quantizer(
-    graph: fx.GraphModule, nodes: Mapping[str, fx.Node], group: Group, layer: Layer
+    graph: fx.GraphModule,
+    node: fx.Node,
+    group: Group,
+    layer: Layer,
+    weights: dict[str, fx.Node],
 ) -> Layer:
-    node = nodes[layer.node]
     operator = OPERATORS[node.target]
     weight = argument(node, operator.weight)
     assert isinstance(weight, fx.Node)
     quantizer_name = f"{_HOME}.weight_{weight.name}"
-    quantized = _existing(weight, quantizer_name)
+    # Another call of the same weight may have brought its quantizer.
+    quantized = weights.get(quantizer_name)
     if quantized is None:
         formats = _distinct(candidate.weight for candidate in group.candidates)
         quantizer = WeightQuantizer(layer.weight, formats, layer.channel_axis)
@@ -157,6 +213,7 @@ def _insert_weight_quantizer(
         with graph.graph.inserting_after(weight):
             quantized = graph.graph.call_module(quantizer_name, (weight,))
         quantized.meta["val"] = weight.meta.get("val")
+        weights[quantizer_name] = quantized
     node.update_arg(operator.weight, quantized)
     source = argument(node, operator.input)
     input_name = str(source.target) if isinstance(source, fx.Node) else ""
@@ -179,11 +236,6 @@ def _insert_weight_quantizer(
     args[operator.bias] = corrected
     node.args = tuple(args)
     return replace(layer, bias_correction=correction_name)
-
-
-def _existing(weight: fx.Node, quantizer_name: str) -> fx.Node | None:
-    """The quantizer that another call of the same weight already brought."""
-    return next((user for user in weight.users if user.target == quantizer_name), None)
 
 
 def _distinct(formats: Iterable[NumberFormat | None]) -> list[NumberFormat]:

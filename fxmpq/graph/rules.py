@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fxmpq.errors import PrecisionError
+from fxmpq.errors import PrecisionError, TargetError, closest
 from fxmpq.formats import NumberFormat, Precision, Scheme
-from fxmpq.granularity import PerBlock, PerChannel, PerTensor
+from fxmpq.granularity import Granularity, PerBlock, PerChannel, PerTensor
+from fxmpq.graph.joins import JOINS
+from fxmpq.graph.vocabulary import MEETINGS, is_operator_name
 
 
 @dataclass(frozen=True)
@@ -19,29 +21,63 @@ class OperatorRule:
         activation_bits: Widths of integer activations; `None` among them allows weight-only, and
             `None` alone is weight-only.
         floats: Float schemes of weights, and of activations unless it is weight-only.
-        granularities: How many weights may share a scale.
+        granularities: How many weights may share a scale; empty where there are no weights, as in
+            a product of two activations.
+        block_sizes: Weights that share a scale in blocks; any number if empty.
+        blocks_are_weight_only: Whether weights in blocks go with float activations alone.
     """
 
     weight_bits: frozenset[int]
     activation_bits: frozenset[int | None]
     floats: frozenset[Scheme] = frozenset()
     granularities: frozenset[type[PerTensor | PerChannel | PerBlock]] = frozenset({PerChannel})
+    block_sizes: frozenset[int] = frozenset()
+    blocks_are_weight_only: bool = False
 
     @property
     def is_weight_only(self) -> bool:
         """Whether activations stay float whatever the weights."""
         return self.activation_bits == frozenset({None})
 
+    @property
+    def is_activation_only(self) -> bool:
+        """Whether there is no weight, as in a product of two activations."""
+        return not self.granularities
+
+    def half(self, precision: Precision) -> Precision | None:
+        """What a kind of operator takes of a precision: all of it, or one half.
+
+        `None` where its half is missing, as an embedding's is of `a8`, or a product's of `w4`.
+        """
+        if precision.is_float:
+            return precision
+        if self.is_activation_only:
+            return None if precision.activation is None else precision.activation_only
+        if precision.weight is None:
+            return None
+        return precision.weight_only if self.is_weight_only else precision
+
     def runs(self, precision: Precision) -> bool:
         """Whether the target has this precision; float always runs."""
         weight, activation = precision.weight, precision.activation
-        if weight is None:
+        if precision.is_float:
             return True
+        if weight is None or self.is_activation_only:
+            has_half = weight is None and self.is_activation_only and activation is not None
+            return has_half and self._runs_on(activation)
         return (
-            type(weight.granularity) in self.granularities
+            self._shares(weight.granularity, activation)
             and self._has(weight, self.weight_bits)
             and self._runs_on(activation)
         )
+
+    def _shares(self, granularity: Granularity, activation: NumberFormat | None) -> bool:
+        if isinstance(granularity, PerBlock):
+            if self.block_sizes and granularity.size not in self.block_sizes:
+                return False
+            if self.blocks_are_weight_only and activation is not None:
+                return False
+        return type(granularity) in self.granularities
 
     def _runs_on(self, activation: NumberFormat | None) -> bool:
         if activation is None or self.is_weight_only:
@@ -57,12 +93,19 @@ class OperatorRule:
 
     def describe(self) -> str:
         """What it runs, for people."""
-        text = f"weights {sorted(self.weight_bits)}, activations "
-        text += f"{sorted(self.activation_bits, key=str)}"
+        text = "" if self.is_activation_only else f"weights {sorted(self.weight_bits)}, "
+        widths = sorted(width for width in self.activation_bits if width is not None)
+        named = [*map(str, widths), *(["float"] if None in self.activation_bits else [])]
+        text += f"activations [{', '.join(named)}]"
         if self.floats:
             text += f", floats {sorted(scheme.value for scheme in self.floats)}"
-        named = ((PerTensor, "per tensor"), (PerChannel, "per channel"), (PerBlock, "per block"))
-        shared = ", ".join(name for kind, name in named if kind in self.granularities)
+        if self.is_activation_only:
+            return text
+        scales = ((PerTensor, "per tensor"), (PerChannel, "per channel"), (PerBlock, "per block"))
+        shared = ", ".join(name for kind, name in scales if kind in self.granularities)
+        if PerBlock in self.granularities:
+            shared += f" of {sorted(self.block_sizes)}" if self.block_sizes else ""
+            shared += " (weight-only)" if self.blocks_are_weight_only else ""
         return f"{text}, scales {shared}"
 
 
@@ -74,27 +117,82 @@ class TargetRules:
         name: The target's name.
         operators: Rule per operator kind; a kind that is missing stays float.
         default_candidates: Precisions tried when the user names none.
-        quantize_outputs_of: Operator kinds whose (fused) output the target stores quantized.
-        quantize_adds: Whether the sum of quantized tensors is itself quantized.
-        fused_activations: Activation operators that are absorbed by the layer before them.
+        quantize_outputs_of: Operators whose (fused) output the target stores quantized: kinds of
+            layers, and `add` or `cat` where all that meets there is stored quantized itself.
+        fusions: Chains of operators that run as one, by name, as `("conv", "add", "relu")`: the
+            kind of a layer or an operator's name in ATen, of which only the last one's result
+            is stored.
+        joins: The rules by which layers must share a precision, keys of `JOINS`. A weight is
+            stored once, and so is an activation: `shared_weight` is always among them, and
+            `shared_input` wherever activations are quantized.
+        shared_ranges: Operators, by name, whose stored tensors have one range: what meets in an
+            `add`; of any other, as `cat` or `max_pool2d`, what it reads and what it returns.
         through: Operators that commute with quantization; a quantizer moves up past them.
+
+    Raises:
+        TargetError: If a rule names what there is not, or a join is missing.
     """
 
     name: str
     operators: Mapping[str, OperatorRule]
     default_candidates: tuple[Precision, ...]
     quantize_outputs_of: frozenset[str] = frozenset()
-    quantize_adds: bool = False
-    fused_activations: frozenset[object] = frozenset()
+    fusions: tuple[tuple[str, ...], ...] = ()
+    joins: tuple[str, ...] = ("shared_weight", "shared_input")
+    shared_ranges: frozenset[str] = frozenset()
     through: frozenset[object] = frozenset()
 
-    def check(self, candidates: Sequence[Precision]) -> None:
+    def __post_init__(self) -> None:
+        """Check the names."""
+        for join in self.joins:
+            if join not in JOINS:
+                raise TargetError(
+                    f"target {self.name!r} joins by {join!r}; there are {closest(join, JOINS)}"
+                )
+        stores = not all(rule.is_weight_only for rule in self.operators.values())
+        needed = ("shared_weight", "shared_input") if stores else ("shared_weight",)
+        for join in needed:
+            if join not in self.joins:
+                raise TargetError(
+                    f"target {self.name!r} must join by {join!r}: what layers share is stored once"
+                )
+        for chain in self.fusions:
+            if len(chain) < 2:
+                raise TargetError(f"target {self.name!r} fuses {chain}; a fusion is of two or more")
+            self._check_operators("fuses", chain)
+        self._check_operators("shares ranges at", sorted(self.shared_ranges))
+        for name in sorted(self.quantize_outputs_of):
+            if name not in (*self.operators, *MEETINGS):
+                raise TargetError(
+                    f"target {self.name!r} quantizes outputs of {name!r}, which is neither a kind "
+                    f"of layer that it runs ({', '.join(self.operators)}) nor "
+                    f"{' or '.join(MEETINGS)}"
+                )
+
+    def _check_operators(self, does: str, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.operators and not is_operator_name(name):
+                raise TargetError(
+                    f"target {self.name!r} {does} {name!r}, which is neither a kind of layer nor "
+                    "an ATen operator, as 'relu' or 'add'"
+                )
+
+    def check(self, candidates: Sequence[Precision], *, products: bool = False) -> None:
         """Refuse candidates that no operator of the target runs.
+
+        Args:
+            candidates: That the user asks for.
+            products: Whether products of two activations are to be quantized too.
 
         Raises:
             PrecisionError: Naming the candidate, and what the target runs.
         """
         for candidate in candidates:
+            if candidate.weight is None and not candidate.is_float and not products:
+                raise PrecisionError(
+                    f"{candidate} is of products of two activations, which stay float; quantize "
+                    "them too with products=True"
+                )
             if not any(rule.runs(candidate) for rule in self.operators.values()):
                 raise PrecisionError(
                     f"target {self.name!r} cannot run {candidate}; it runs {self.describe()}"
@@ -103,10 +201,11 @@ class TargetRules:
     def candidates_for(self, kind: str, wanted: Sequence[Precision]) -> list[Precision]:
         """The wanted precisions that a kind of operator can run, fewest bits first.
 
-        A kind that only stores weights in low bits (an embedding) takes the weight half.
+        A kind that only stores weights in low bits (an embedding) takes the weight half, one
+        without weights (a product of two activations) the activation half.
         """
         rule = self.operators[kind]
-        kept = [entry.weight_only if rule.is_weight_only else entry for entry in wanted]
+        kept = [half for entry in wanted if (half := rule.half(entry)) is not None]
         return sorted({entry for entry in kept if rule.runs(entry)}, key=lambda p: p.sort_key)
 
     def describe(self) -> str:

@@ -40,6 +40,24 @@ _PERMUTATIONS = frozenset(
 )
 
 
+# Operators that bring rows into another order, and so those of other samples together.
+_GATHERS = frozenset(
+    {
+        aten.index.Tensor,
+        aten.index_select.default,
+        aten.gather.default,
+        aten.index_put.default,
+        aten.scatter.src,
+        aten.sort.default,
+        aten.argsort.default,
+        aten.argsort.stable,
+        aten.cumsum.default,
+        aten.flip.default,
+        aten.roll.default,
+    }
+)
+
+
 class SampleStrides:
     """Follows the samples through a graph as it runs.
 
@@ -74,7 +92,8 @@ class SampleStrides:
         """Note a node's result, its inputs having been noted before."""
         if isinstance(result, Tensor):
             stride = self._stride(node, result.shape)
-            if stride is not None and result.numel() % (stride * self._samples):
+            # An empty tensor, as what rotary embeddings leave unrotated may be, has no samples.
+            if not result.numel() or (stride and result.numel() % (stride * self._samples)):
                 stride = None
             self._found[node] = (stride, result.shape)
 
@@ -101,7 +120,7 @@ class SampleStrides:
     def _inherited(self, node: fx.Node, source: fx.Node, shape: torch.Size) -> int | None:
         """The stride that follows from an input whose samples are known."""
         stride, before = self._found.get(source, (None, torch.Size()))
-        if stride is None or node.target in _PERMUTATIONS:
+        if stride is None or node.target in _PERMUTATIONS or node.target in _GATHERS:
             return None
         if node.target in _RESHAPES:
             return stride

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx
+from torch import fx, nn
 from torch.utils._pytree import TreeSpec
 
 from fxmpq.errors import FxmpqError
 from fxmpq.formats import Precision
+from fxmpq.graph.findings import Fusion, Join, Missed
 from fxmpq.quantizers.rule import RuleChoice
 
 _KEY = "fxmpq"
@@ -47,20 +47,48 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Layers that must share a precision, and the quantizers that switch with them.
+class Product:
+    """One product of two activations, which has no weight.
 
     Args:
-        name: Name of the first layer.
-        layers: In graph order.
+        name: What users see and match, as `encoder.layer.0.attention.scores`.
+        node: Name of the call's node.
+        macs: Multiply-accumulates for one sample.
+        kind: Key of a target's rules.
+    """
+
+    name: str
+    node: str
+    macs: int
+    kind: str = "matmul"
+
+
+Member = Layer | Product
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers and products that must share a precision, and the quantizers that switch with them.
+
+    Args:
+        name: Name of the first member.
+        layers: Those with weights, in graph order.
         candidates: Precisions the target can run here, from few bits to many.
         activation_quantizers: Module names of the activation quantizers it owns.
+        products: Products of two activations, in graph order; they take the activation half of
+            the group's precision for both operands.
     """
 
     name: str
     layers: tuple[Layer, ...]
     candidates: tuple[Precision, ...]
     activation_quantizers: tuple[str, ...] = ()
+    products: tuple[Product, ...] = ()
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """Its layers, then its products."""
+        return (*self.layers, *self.products)
 
     def candidate(self, precision: str | Precision) -> Precision:
         """Return the candidate of this name, or raise with those there are."""
@@ -122,6 +150,23 @@ class CalibrationOptions:
 
 
 @dataclass(frozen=True)
+class FixedSize:
+    """A size that could have been free, but that the export fixed.
+
+    Args:
+        argument: Name of the input.
+        dimension: 0 for the samples, 1 for the sequence.
+        size: What it is fixed at.
+        reason: Why, for people.
+    """
+
+    argument: str
+    dimension: int
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class GraphState:
     """Everything fxmpq knows of a graph.
 
@@ -133,10 +178,15 @@ class GraphState:
         target: The target it was prepared for.
         groups: In graph order.
         left_float: What stays in float.
+        fusions: What the target runs as one, in graph order.
+        joins: Why layers share a group.
+        missed: Rules of the target that did not fire, and why.
+        shared_ranges: Module names of activation quantizers that have one range.
         calibrated: Whether every quantizer has its ranges.
         calibration: How they were found, once they are.
         choices: Precision per group, once a plan is applied.
         refinements: What was refined, in order.
+        fixed_sizes: Sizes of samples and sequences that the export fixed, and why.
     """
 
     call_spec: TreeSpec
@@ -146,10 +196,15 @@ class GraphState:
     target: str | None = None
     groups: tuple[Group, ...] = ()
     left_float: tuple[LeftFloat, ...] = ()
+    fusions: tuple[Fusion, ...] = ()
+    joins: tuple[Join, ...] = ()
+    missed: tuple[Missed, ...] = ()
+    shared_ranges: tuple[tuple[str, ...], ...] = ()
     calibrated: bool = False
     calibration: CalibrationOptions | None = None
     choices: dict[str, str] = field(default_factory=dict)
     refinements: tuple[Refinement, ...] = ()
+    fixed_sizes: tuple[FixedSize, ...] = ()
 
     def group(self, name: str) -> Group:
         """The group of this name."""
@@ -214,9 +269,15 @@ def with_state(graph: fx.GraphModule, state: GraphState) -> fx.GraphModule:
 
 
 def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
-    """Copy a graph's nodes and modules; tensors, which no step changes in place, are shared."""
-    tensors: Sequence[Tensor] = [*graph.parameters(), *graph.buffers()]
-    memo: dict[int, object] = {id(tensor): tensor for tensor in tensors}
+    """Copy a graph's nodes and modules; tensors, which no step changes in place, are shared.
+
+    Parameters are new ones of the same memory, so that moving a graph to another device, which
+    changes its parameters in place, leaves the other one where it is.
+    """
+    memo: dict[int, object] = {id(buffer): buffer for buffer in graph.buffers()}
+    with torch.inference_mode(False):
+        for parameter in graph.parameters():
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
     state = graph.meta.get(_KEY)
     # torch warns when the trees that describe the call are copied.
     for frozen in (state, *(vars(graph).get(name) for name in ("_in_spec", "_out_spec"))):

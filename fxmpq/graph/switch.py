@@ -9,6 +9,7 @@ from torch import fx
 
 from fxmpq.errors import PlanError, closest
 from fxmpq.formats import Precision
+from fxmpq.graph.debug import checked
 from fxmpq.graph.state import Group, copy_graph, require, with_state
 from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
 
@@ -51,7 +52,7 @@ def with_choices(graph: fx.GraphModule, choices: Mapping[str, str]) -> fx.GraphM
         FxmpqError: If a precision is not among a group's candidates.
     """
     state = require(graph, stage="calibrated")
-    names = [group.name for group in state.groups]
+    names = dict.fromkeys(group.name for group in state.groups)
     unknown = [name for name in choices if name not in names]
     missing = [name for name in names if name not in choices]
     if unknown:
@@ -68,4 +69,4 @@ def with_choices(graph: fx.GraphModule, choices: Mapping[str, str]) -> fx.GraphM
     for group in state.groups:
         switch_group(switched, group, chosen[group.name])
     named = {name: str(precision) for name, precision in chosen.items()}
-    return with_state(switched, replace(state, choices=named))
+    return checked(with_state(switched, replace(state, choices=named)), "apply")

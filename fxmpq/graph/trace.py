@@ -7,6 +7,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -14,12 +15,15 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from fxmpq.errors import TraceError
+from fxmpq.errors import LegalityError, TraceError
 from fxmpq.graph.batches import Batch, batch_size, call_arguments
 from fxmpq.graph.call_structure import CallStructure
+from fxmpq.graph.debug import checked, checked_pass
 from fxmpq.graph.export import export_program, quiet_torch
-from fxmpq.graph.legality import check_canonical
+from fxmpq.graph.key_value_cache import without_cache
+from fxmpq.graph.legality.stages import check_stage
 from fxmpq.graph.passes import CANONICAL_PASSES
+from fxmpq.graph.quantizable import QuantizableGraph
 from fxmpq.graph.run import record_shapes
 from fxmpq.graph.state import GraphState, is_traced, with_state
 
@@ -31,10 +35,12 @@ def trace(model: nn.Module, batch: Batch) -> fx.GraphModule:
 
     The graph is what `torch.export` gives (ATen operators, any control flow resolved), with
     in-place operators made pure, dropout and no-op casts gone, and batch norms folded. It is
-    called like the model and returns what the model returns. The batch size may vary, and
+    called like the model and returns what the model returns; of transformers' decoders what they
+    return without a cache of keys and values (`use_cache=False`). The batch size may vary, and
     for integer inputs (token ids, masks) the sequence length too, wherever the export allows
-    it; else the sizes of `batch` are fixed. The model itself is left as it was, its training
-    flags included; the graph holds copies of its weights.
+    it; else the size of `batch` is fixed, and `fxmpq inspect` tells which line of the model
+    fixes it. The model itself is left as it was, its training flags included; the graph holds
+    copies of its weights, and can be moved to another device.
 
     Args:
         model: Any module that `torch.export` takes.
@@ -57,18 +63,29 @@ def trace(model: nn.Module, batch: Batch) -> fx.GraphModule:
     _check_is_float(model)
     args, kwargs = _example(call_arguments(batch), _device_of(model))
     with torch.inference_mode(False), torch.no_grad(), quiet_torch(), _evaluating(model):
-        program, dynamic = export_program(model, args, kwargs)
+        with without_cache(model):
+            program, dynamic, fixed = export_program(model, args, kwargs)
         exported = program.module(check_guards=False)
         graph = _own_copy(exported)
         for canonical_pass in CANONICAL_PASSES:
             canonical_pass(graph)
-        check_canonical(graph)
+            checked_pass(graph, canonical_pass)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         leaves = [leaf.cpu() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        state = GraphState(spec, tuple(leaves), dynamic, "")
+        state = GraphState(spec, tuple(leaves), dynamic, "", fixed_sizes=fixed)
         with_state(graph, state)
+        _check_canonical(model, graph)
         record_shapes(graph)
-        return with_state(graph, GraphState(spec, tuple(leaves), dynamic, fingerprint(graph)))
+        with_state(graph, replace(state, fingerprint=fingerprint(graph)))
+    return checked(graph, "trace")
+
+
+def _check_canonical(model: nn.Module, graph: fx.GraphModule) -> None:
+    """Refuse a model whose graph later steps could not work with."""
+    try:
+        check_stage(graph, "canonical", needed_only=True)
+    except LegalityError as error:
+        raise TraceError(f"{type(model).__name__} has no canonical form: {error}") from error
 
 
 def _check_is_float(model: nn.Module) -> None:
@@ -140,7 +157,7 @@ def _own_copy(exported: fx.GraphModule) -> fx.GraphModule:
     codegen = exported.graph._codegen
     if isinstance(codegen, _PyTreeCodeGen):
         nodes.set_codegen(CallStructure(codegen.pytree_info))
-    graph = fx.GraphModule(exported, nodes, "QuantizableGraph")
+    graph = QuantizableGraph(exported, nodes, "QuantizableGraph")
     memo: dict[int, Tensor] = {}
     for module in graph.modules():
         for name, parameter in module._parameters.items():

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from fxmpq.errors import FxmpqError
 from fxmpq.graph.batches import Batch, flat_inputs
+from fxmpq.graph.operators import output_channels
 from fxmpq.graph.state import Refinement, require
 from fxmpq.refinement.best_seen import BestSeen
 from fxmpq.refinement.norm_reestimation import has_channel_scales
@@ -176,7 +177,7 @@ def _biases(layers: Sequence[QuantizedLayer], recorder: _Recorder) -> list[_Para
 def _bias(layer: QuantizedLayer, unit: float) -> _Parameter:
     correction, number_format, weight = layer.correction, layer.number_format, layer.weight
     assert correction is not None and number_format is not None
-    channels = weight.shape[layer.layer.channel_axis]
+    channels = output_channels(layer.node, weight.shape)
     shift = correction.shift(number_format)
     start = weight.new_zeros(channels) if shift is None else shift.clone()
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from fxmpq.errors import FxmpqError, closest
 from fxmpq.graph.batches import Batch
-from fxmpq.graph.state import Refinement, require
+from fxmpq.graph.state import Refinement, require, state_of
 from fxmpq.quantizers.modules import ActivationQuantizer
 from fxmpq.refinement.best_seen import BestSeen
 from fxmpq.refinement.blocks import Block, find_blocks
@@ -263,11 +263,17 @@ class _Training:
 
 
 def _ranges(view: BlockView) -> dict[str, LearnedRange]:
-    """Active activation quantizers of a block that nothing outside it reads."""
+    """Active activation quantizers of a block that nothing outside it reads.
+
+    One that shares its range with other tensors keeps it.
+    """
     inside = set(view.block.nodes)
+    shared = {name for names in state_of(view.graph).shared_ranges for name in names}
     found = {}
     for node in view.block.nodes:
         if node.op != "call_module" or not inside.issuperset(node.users):
+            continue
+        if str(node.target) in shared:
             continue
         module = view.graph.get_submodule(str(node.target))
         active = module.active if isinstance(module, ActivationQuantizer) else None

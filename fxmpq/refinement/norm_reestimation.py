@@ -91,9 +91,10 @@ def scale_channels(
         factors: Positive, shape `[channels]`.
 
     Returns:
-        Whether it did; a scale that channels share, or that cannot take every value, is left.
+        Whether it did; a scale that channels share (also those of the groups of a transposed
+        convolution), or that cannot take every value, is left.
     """
-    if not has_channel_scales(number_format):
+    if not has_channel_scales(number_format) or len(factors) != weight.shape[quantizer.axis]:
         return False
     scale = quantizer.scale(number_format)
     quantizer.set_codes(number_format, quantizer.codes(weight, number_format))

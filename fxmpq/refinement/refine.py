@@ -14,6 +14,7 @@ from fxmpq.errors import FxmpqError, PlanError, closest
 from fxmpq.formats import NumberFormat, Precision
 from fxmpq.graph.batches import Batch, flat_inputs, materialize
 from fxmpq.graph.calibration_identity import calibration_identity
+from fxmpq.graph.debug import checked
 from fxmpq.graph.state import Refinement, copy_graph, require, with_state
 from fxmpq.graph.switch import switch_group, with_choices
 from fxmpq.identity import identity
@@ -100,6 +101,7 @@ def refine(
         for name in names:
             run = _bound(METHODS[name].refine, batches, units, options)
             done += _stitch(planned, run) if is_stitching else run(planned)
+            checked(planned, f"refine, method {name}")
     state = require(planned, stage="calibrated")
     return with_state(planned, replace(state, refinements=(*state.refinements, *done)))
 

@@ -14,6 +14,8 @@ from fxmpq.quantizers.modules import ActivationQuantizer
 
 aten = torch.ops.aten
 
+# Layers whose weights are [out, in, ...]: each output value is a dot product with one row.
+_KINDS = frozenset({"conv", "linear"})
 # f(s x) = s f(x) for s > 0, value by value.
 _POINTWISE = frozenset(
     {
@@ -103,7 +105,7 @@ def find_pairs(graph: fx.GraphModule) -> list[Pair]:
 
 def _is_dot_product(node: fx.Node) -> bool:
     operator = operator_of(node)
-    return operator is not None and operator.quantizes_input
+    return operator is not None and operator.kind in _KINDS
 
 
 def _has_bias(node: fx.Node) -> bool:
@@ -154,9 +156,10 @@ def _reader(
         operator = operator_of(reader)
         if operator is not None:
             is_input = argument(reader, operator.input) is node and reader.name in layers
+            if not is_input or not _is_dot_product(reader):
+                return None
             rank = len(node_shape(node) or ())
-            fits = is_input and channel_dimension(layers[reader.name], rank) == axis
-            return reader if fits else None
+            return reader if channel_dimension(layers[reader.name], rank) == axis else None
         is_quantizer = isinstance(modules.get(str(reader.target)), ActivationQuantizer)
         axis = axis if is_quantizer else _axis_behind(reader, node, axis)
         node = reader

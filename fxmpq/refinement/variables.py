@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fxmpq.formats import NumberFormat
+from fxmpq.graph.operators import output_channels
 from fxmpq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 from fxmpq.quantizers.ranges import ActivationRange
 from fxmpq.quantizers.scales import spread_scale
@@ -147,10 +148,9 @@ class LearnedBias:
     """
 
     def __init__(self, layer: QuantizedLayer, unit: float) -> None:
-        assert layer.quantizer is not None
         self._layer, self._unit = layer, unit
         found = layer.quantized_bias
-        channels = layer.weight.shape[layer.quantizer.axis]
+        channels = output_channels(layer.node, layer.weight.shape)
         self._start = layer.weight.new_zeros(channels) if found is None else found.detach()
         self.change = torch.zeros_like(self._start, requires_grad=True)
 

@@ -167,7 +167,9 @@ class LayerView(QuantizedLayer):
         Returns:
             The layer's output, with gradients where the arguments have them.
         """
-        args = list(self.node.args)
+        return self._call(list(self.node.args), x, weight, bias)
+
+    def _call(self, args: list[object], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         args[self.operator.input] = x
         args[self.operator.weight] = weight
         position = self.operator.bias
@@ -196,7 +198,15 @@ class LayerView(QuantizedLayer):
             return relative_error(output, self.float_output, len(self))
 
     def _quantized_output(self, batch: int, weight: Tensor) -> Tensor:
-        return self.output(self.input(batch), weight, self._bias(batch))
+        # Experts also read which rows are whose.
+        own = (self.operator.input, self.operator.weight, self.operator.bias)
+        args = [
+            self._walk.value(entry, batch, quantized=True)
+            if isinstance(entry, fx.Node) and position not in own
+            else entry
+            for position, entry in enumerate(self.node.args)
+        ]
+        return self._call(args, self.input(batch), weight, self._bias(batch))
 
     def _bias(self, batch: int) -> Tensor | None:
         """What the layer adds in one batch, as the plan has it now; it may be computed."""

@@ -18,6 +18,7 @@ from fxmpq.quantizers.codes import nearest_codes
 from fxmpq.quantizers.modules import WeightQuantizer
 from fxmpq.quantizers.weight_scale import mse_weight_scales
 from fxmpq.sensitivity.sensitivity import Sensitivity
+from fxmpq.sensitivity.weightless import check_all_have_weights
 from fxmpq.work import Work
 
 GAINS = ("difference", "entropy")
@@ -73,8 +74,9 @@ def entropy(
         Sensitivity of unit `score`, without projections.
 
     Raises:
-        FxmpqError: If there is no such `gain` or `scales`, or `gain="entropy"` meets a group
-            with more than two weight widths.
+        FxmpqError: If there is no such `gain` or `scales`, a group has nothing but products of
+            activations to choose for, or `gain="entropy"` meets a group with more than two
+            weight widths.
 
     Examples:
         >>> import fxmpq
@@ -88,6 +90,7 @@ def entropy(
     """
     state = require(graph, stage="calibrated")
     _check_options(gain, scales)
+    check_all_have_weights(state.groups, "'entropy'")
     if gain == "entropy":
         _check_two_widths(state.groups)
     values: dict[str, dict[str, float]] = {}

@@ -84,7 +84,7 @@ def feature_nodes(graph: fx.GraphModule) -> dict[str, tuple[fx.Node, ...]]:
     groups = require(graph, stage="prepared").groups
     nodes = {node.name: node for node in graph.graph.nodes}
     order = {node: position for position, node in enumerate(graph.graph.nodes)}
-    owner = {layer.node: group.name for group in groups for layer in group.layers}
+    owner = {member.node: group.name for group in groups for member in group.members}
     depth: dict[fx.Node, int] = {}
     for node in graph.graph.nodes:
         before = max((depth[source] for source in node.all_input_nodes), default=0)
@@ -98,7 +98,7 @@ def feature_nodes(graph: fx.GraphModule) -> dict[str, tuple[fx.Node, ...]]:
                 break
             features[layer] = node
     return {
-        group.name: tuple(dict.fromkeys(features[nodes[layer.node]] for layer in group.layers))
+        group.name: tuple(dict.fromkeys(features[nodes[member.node]] for member in group.members))
         for group in groups
     }
 

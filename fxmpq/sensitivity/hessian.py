@@ -19,6 +19,7 @@ from fxmpq.quantizers.modules import ActivationQuantizer
 from fxmpq.sensitivity.changes import weight_changes
 from fxmpq.sensitivity.curvature import Curvature, Part
 from fxmpq.sensitivity.sensitivity import Sensitivity
+from fxmpq.sensitivity.weightless import check_all_have_weights
 from fxmpq.training.loss import LossFunction, check_loss
 from fxmpq.work import Work
 
@@ -94,7 +95,8 @@ def hessian(
 
     Raises:
         FxmpqError: If an option is out of range, or the loss is no scalar, does not run the
-            model, or has no second derivative, or one that is zero everywhere.
+            model, or has no second derivative, or one that is zero everywhere; or, without
+            activations, if a group has nothing but products of activations to choose for.
         CalibrationError: If there are no batches, or a second derivative is not finite.
 
     Examples:
@@ -111,6 +113,8 @@ def hessian(
     state = require(graph, stage="calibrated")
     check_loss(loss)
     _check(probes, tolerance)
+    if not activations:
+        check_all_have_weights(state.groups, "hessian with activations=False")
     found = materialize(batches)
     curvature = Curvature(graph, loss, activations=activations)
     parts: list[Part] = [curvature.weights, curvature.activations]

@@ -14,6 +14,7 @@ from fxmpq.graph.batches import Batch
 from fxmpq.graph.state import Group, require
 from fxmpq.sensitivity.features import FeatureGrams, gram
 from fxmpq.sensitivity.sensitivity import Sensitivity
+from fxmpq.sensitivity.weightless import check_all_have_weights
 from fxmpq.training.loss import batch_samples
 from fxmpq.work import Work
 
@@ -79,7 +80,8 @@ def orthogonality(
         Sensitivity of unit `score`, without projections.
 
     Raises:
-        FxmpqError: If `beta` is not positive and finite, or there is no such `credit`.
+        FxmpqError: If `beta` is not positive and finite, there is no such `credit`, or a group has
+            nothing but products of activations to choose for.
         CalibrationError: If every batch has fewer than 3 samples, or features are NaN or
             infinite.
 
@@ -95,6 +97,7 @@ def orthogonality(
     """
     state = require(graph, stage="calibrated")
     _check_options(beta, credit)
+    check_all_have_weights(state.groups, "'orthogonality'")
     _check_samples(batches)
     features = FeatureGrams(graph, center=center)
     products = torch.zeros(len(state.groups), len(state.groups), dtype=torch.float64)

@@ -139,7 +139,7 @@ class ProjectionPass(fx.Interpreter):
         push_input_error = layer.input_quantizer is not None and not x.requires_grad
         x = x.detach()
         strides = self._strides.stride(source), self._strides.stride(node)
-        rest = () if operator.bias is None else node.args[operator.bias + 1 :]
+        rest = self._further_arguments(node)
 
         def hook(gradient: Tensor) -> None:
             read, indices = (None, x)
@@ -152,7 +152,7 @@ class ProjectionPass(fx.Interpreter):
                 seen = self._seen_input(layer, indices, activation, keep=not push_input_error)
                 found = self._weight_projections(layer, seen, gradient, changes, rest, strides)
                 if push_input_error and activation is not None:
-                    pushed = self._pushed(node, seen - x) * gradient
+                    pushed = self._pushed(node, seen - x, rest) * gradient
                     found = found + self._per_sample(pushed, strides[1]).unsqueeze(1)
                 for index, candidate in enumerate(group.candidates):
                     if candidate.activation == activation and candidate.weight is not None:
@@ -183,11 +183,19 @@ class ProjectionPass(fx.Interpreter):
     def _read_by_layers(self, node: fx.Node) -> bool:
         return all(reader.name in self._layers for reader in node.users)
 
-    def _pushed(self, node: fx.Node, error: Tensor) -> Tensor:
+    def _further_arguments(self, node: fx.Node) -> tuple[object, ...]:
+        """What a call passes behind its operands; a summand has no part in changes."""
+        values = fx.node.map_arg(node.args[_operands(node) :], self.env.__getitem__)
+        return tuple(
+            None if isinstance(value, Tensor) and value.is_floating_point() else value
+            for value in values
+        )
+
+    def _pushed(self, node: fx.Node, error: Tensor, rest: Sequence[object]) -> Tensor:
         """What a change of a layer's input makes of its output."""
         operator = OPERATORS[node.target]
         assert callable(node.target)
-        args = list(node.args)
+        args = [*node.args[: _operands(node)], *rest]
         args[operator.input] = error
         args[operator.weight] = get_tensor(self._graph, self._layers[node.name][1].weight).detach()
         if operator.bias is not None and len(args) > operator.bias:
@@ -237,6 +245,12 @@ class ProjectionPass(fx.Interpreter):
         return spread
 
 
+def _operands(node: fx.Node) -> int:
+    """How many arguments are input, weight and bias."""
+    operator = OPERATORS[node.target]
+    return max(operator.input, operator.weight, operator.bias or 0) + 1
+
+
 def _rows_by_sample(
     kind: str,
     x: Tensor,
@@ -247,7 +261,7 @@ def _rows_by_sample(
     """A layer's input and gradient with samples in front; `None` if samples share the rows."""
     whole_maps = x.dim() - 1
     rows = {"linear": (1, 1), "embedding": (0, 1)}.get(kind, (whole_maps, whole_maps))
-    if strides[0] is None or strides[1] is None:
+    if strides[0] is None or strides[1] is None or kind == "experts":
         return None
     inputs = samples_first(x, strides[0], samples, rows[0])
     slopes = samples_first(gradient, strides[1], samples, rows[1])

@@ -87,6 +87,71 @@ def project_conv(
     return torch.stack(rows)
 
 
+def project_conv_transpose(
+    x: Tensor, gradient: Tensor, changes: Tensor, arguments: Sequence[object], samples: int
+) -> Tensor:
+    """Project weight changes of a transposed convolution: `a_nc = <g_n, op(x_n, dW_c)>`.
+
+    The per-sample weight gradient is formed once and serves every candidate.
+
+    Args:
+        x: Input, `[samples * k, channels, *space]`.
+        gradient: At the output, `[samples * k, out, *positions]`.
+        changes: Weight changes, `[candidates, channels, out/groups, *kernel]`.
+        arguments: Of the call behind the bias: `(stride, padding, output_padding, groups,
+            dilation)`.
+        samples: Number of samples.
+
+    Returns:
+        Shape `[samples, candidates]`.
+    """
+    rank = x.dim() - 2
+    stride, padding, output_padding, groups, dilation = [*arguments, *[None] * 5][:5]
+    geometry = (
+        _sizes(stride, 1, rank),
+        _sizes(padding, 0, rank),
+        _sizes(dilation, 1, rank),
+        True,
+        _sizes(output_padding, 0, rank),
+        groups if isinstance(groups, int) else 1,
+    )
+    flat = changes.flatten(1).T
+    rows = []
+    for slopes, inputs in zip(gradient.chunk(samples), x.chunk(samples), strict=True):
+        _, slope, _ = torch.ops.aten.convolution_backward.default(
+            slopes, inputs, changes[0], None, *geometry, [False, True, False]
+        )
+        rows.append(slope.flatten() @ flat)
+    return torch.stack(rows)
+
+
+def project_experts(
+    x: Tensor, gradient: Tensor, changes: Tensor, arguments: Sequence[object], samples: int
+) -> Tensor:
+    """Project weight changes of experts on the whole batch: `a_c = <g, op(x, dW_c)>`.
+
+    Rows of all samples are sorted by expert, so that they cannot be told apart.
+
+    Args:
+        x: Input of `grouped_linear`, `[rows, in]`, or of `batched_linear`.
+        gradient: At the output.
+        changes: Weight changes, `[candidates, experts * out, in]`.
+        arguments: Of the call behind the weight, the first being where each expert's rows end;
+            a batched product has none there.
+        samples: 1.
+
+    Returns:
+        Shape `[1, candidates]`.
+    """
+    ends = arguments[0]
+    if isinstance(ends, Tensor) and not ends.is_floating_point():
+        slope: Tensor = torch.ops.fxmpq.grouped_outer(gradient, x, ends)
+    else:
+        rows = x.expand(*gradient.shape[:-1], x.shape[-1])
+        slope = torch.einsum("...bro,...bri->boi", gradient, rows)
+    return slope.reshape(1, -1) @ changes.flatten(1).T
+
+
 def project_embedding(
     x: Tensor, gradient: Tensor, changes: Tensor, arguments: Sequence[object], samples: int
 ) -> Tensor:
@@ -114,7 +179,9 @@ def project_embedding(
 
 WEIGHT_PROJECTIONS: Mapping[str, WeightProjection] = {
     "conv": project_conv,
+    "conv_transpose": project_conv_transpose,
     "linear": project_linear,
+    "experts": project_experts,
     "embedding": project_embedding,
 }
 

@@ -20,7 +20,10 @@ from fxmpq.errors import FileFormatError
 
 Function = Callable[..., Any]
 
-_OPERATOR = re.compile(r"(aten|transformers)::([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)", re.ASCII)
+_OPERATOR = re.compile(r"(aten|fxmpq|transformers)::([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)", re.ASCII)
+
+# What canonical passes write products of stored weights as.
+_OWN = frozenset({"linear", "grouped_linear", "batched_linear"})
 
 # Where transformers registers the operators that its mixtures of experts export to.
 _TRANSFORMERS: Mapping[str, str] = {"grouped_mm_fallback": "transformers.integrations.moe"}
@@ -109,6 +112,8 @@ def _packet(namespace: str, name: str) -> OpOverloadPacket | None:
             return None
         with contextlib.suppress(ImportError):
             importlib.import_module(_TRANSFORMERS[name])
+    if namespace == "fxmpq" and name not in _OWN:
+        return None
     found = getattr(getattr(torch.ops, namespace), name, None)
     return found if isinstance(found, OpOverloadPacket) else None
 
@@ -128,5 +133,6 @@ def _is_pure(overload: OpOverload) -> bool:
 def _refused(name: str) -> NoReturn:
     raise FileFormatError(
         f"a stored graph cannot call {name!r}; it may call ATen operators that write to nothing, "
-        f"transformers' {', '.join(_TRANSFORMERS)}, and Python's arithmetic on numbers"
+        f"transformers' {', '.join(_TRANSFORMERS)}, fxmpq's {', '.join(sorted(_OWN))}, and "
+        "Python's arithmetic on numbers"
     )

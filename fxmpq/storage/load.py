@@ -9,6 +9,8 @@ from torch import fx, nn
 
 from fxmpq.artefact import check_fields, load_json
 from fxmpq.errors import FileFormatError
+from fxmpq.graph.debug import checked
+from fxmpq.graph.quantizable import QuantizableGraph
 from fxmpq.graph.state import with_state
 from fxmpq.storage.calls import decode_call
 from fxmpq.storage.modules import attach, decode_quantizers
@@ -72,9 +74,9 @@ def _restore(
 
     nodes = decode_nodes(found["nodes"], SizeReader(found["sizes"]), device)
     nodes.set_codegen(decode_call(found["call"], len(nodes.find_nodes(op="placeholder"))))
-    graph = fx.GraphModule(nn.Module(), fx.Graph(), "QuantizableGraph")
+    graph = QuantizableGraph(nn.Module(), fx.Graph(), "QuantizableGraph")
     attach(graph, decode_quantizers(found["quantizers"]), found["tensors"], reader)
     graph.graph = nodes
     state = decode_state(found["state"], reader)
     check_state(graph, state)
-    return with_state(graph.eval(), state)
+    return checked(with_state(graph.eval(), state), "load")

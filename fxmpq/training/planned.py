@@ -11,6 +11,8 @@ from fxmpq.errors import FxmpqError
 from fxmpq.formats import Precision
 from fxmpq.graph.attributes import get_tensor, set_tensor
 from fxmpq.graph.batches import graph_device
+from fxmpq.graph.debug import checked
+from fxmpq.graph.operators import output_channels
 from fxmpq.graph.state import GraphState, Layer, copy_graph, require
 from fxmpq.graph.switch import switch_group
 from fxmpq.quantizers.codes import dequantize, nearest_codes
@@ -42,11 +44,11 @@ def trainable_plan(graph: fx.GraphModule) -> fx.GraphModule:
 
     All its floating-point parameters are clones that require gradients. Quantizers that the plan
     uses become `PlannedQuantizer`s, beginning with the scales and ranges that they have: a step
-    for each scale of a weight, one for an activation (`PassingQuantizer`s for float formats,
-    whose scales stay). A bias correction becomes part of its layer's bias; where a layer has
-    none, or shares it, the shift itself trains (`LearnedShift`). Codes do not train: a weight
-    whose stored codes are not the nearest ones, as after `gptq`, begins at the numbers that they
-    stand for.
+    for each scale of a weight, one for an activation, or for all that share a range
+    (`PassingQuantizer`s for float formats, whose scales stay). A bias correction becomes part of
+    its layer's bias; where a layer has none, or shares it, the shift itself trains
+    (`LearnedShift`). Codes do not train: a weight whose stored codes are not the nearest ones, as
+    after `gptq`, begins at the numbers that they stand for.
 
     Batch norms are folded into the weights and dropout is gone, so training mode and evaluation
     mode are the same. It is called like the model. Every parameter takes part in every pass, as
@@ -84,8 +86,11 @@ def trainable_plan(graph: fx.GraphModule) -> fx.GraphModule:
                     copied.add_submodule(name, planned_quantizer(quantizer, graph_device(graph)))
             for layer in group.layers:
                 _let_weight_learn(copied, layer)
+        for names in state.shared_ranges:
+            for name in names[1:]:
+                copied.add_submodule(name, copied.get_submodule(names[0]))
         _let_biases_learn(copied, state)
-    return copied
+    return checked(copied, "trainable_plan", "trainable")
 
 
 def float_copy(graph: fx.GraphModule) -> fx.GraphModule:
@@ -172,5 +177,5 @@ def _let_biases_learn(graph: fx.GraphModule, state: GraphState) -> None:
             continue
         if shift is None:
             weight = get_tensor(graph, layer.weight)
-            shift = weight.new_zeros(weight.shape[layer.channel_axis])
+            shift = weight.new_zeros(output_channels(nodes[layer.node], weight.shape))
         graph.add_submodule(layer.bias_correction, LearnedShift(correction.name, shift))

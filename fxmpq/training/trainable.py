@@ -13,6 +13,7 @@ from fxmpq.formats import NumberFormat, Precision
 from fxmpq.granularity import PerBlock
 from fxmpq.graph.attributes import get_tensor, set_tensor
 from fxmpq.graph.batches import graph_device
+from fxmpq.graph.debug import checked
 from fxmpq.graph.state import Group, Layer, copy_graph, require, with_state
 from fxmpq.quantizers.learned import LearnedQuantizer, activation_step, weight_step
 from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
@@ -69,7 +70,7 @@ def trainable(graph: fx.GraphModule) -> fx.GraphModule:
             for layer in group.layers:
                 _make_weight_learn(copied, layer)
         copied.to(graph_device(graph))
-    return with_state(copied, replace(state, choices={}))
+    return checked(with_state(copied, replace(state, choices={})), "trainable", "trainable")
 
 
 def _check_formats(groups: Sequence[Group]) -> None:

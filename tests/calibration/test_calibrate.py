@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,15 +9,18 @@ from torch import Tensor, fx, nn
 
 from fxmpq.calibration.calibrate import calibrate, mean_output
 from fxmpq.errors import BatchError, CalibrationError, FxmpqError
-from fxmpq.formats import NumberFormat, Precision
+from fxmpq.formats import NumberFormat, Precision, Scheme
 from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.prepare import insert_quantizers
+from fxmpq.graph.rules import TargetRules
 from fxmpq.graph.run import run_batch
 from fxmpq.graph.state import copy_graph, require, state_of
 from fxmpq.graph.switch import with_choices
 from fxmpq.graph.trace import trace
+from fxmpq.quantizers.histogram import StreamingHistogram
 from fxmpq.quantizers.means import MeanInput
 from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
+from fxmpq.quantizers.ranges import RANGES, ActivationRange
 from fxmpq.quantizers.weight_scale import mse_weight_scales
 from fxmpq.targets.reference import REFERENCE
 
@@ -234,3 +238,55 @@ def test_a_table_tied_to_the_head_is_calibrated_once() -> None:
         run_batch(with_choices(graph, {"table": "w8a8"}), ids)[0],
     )
     assert 0 < float((found - exact).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("rule", ["minmax", "mse", "sigma"])
+def test_tensors_of_one_range_get_that_of_all_their_values(
+    conv_graph: fx.GraphModule, images: list[Tensor], chip_rules: TargetRules, rule: str
+) -> None:
+    prepared = insert_quantizers(conv_graph, chip_rules)
+    found = calibrate(prepared, images, ranges=rule, progress=False)
+    free = calibrate(
+        insert_quantizers(conv_graph, replace(chip_rules, shared_ranges=frozenset())),
+        images,
+        ranges=rule,
+        progress=False,
+    )
+    (shared,) = state_of(prepared).shared_ranges
+    assert ranges_of(found, shared[0]) == ranges_of(found, shared[1])
+    assert ranges_of(free, shared[0]) != ranges_of(free, shared[1])
+    others = [name for name in activation_quantizers(found) if name not in shared]
+    assert all(ranges_of(found, name) == ranges_of(free, name) for name in others)
+    # The reference: one histogram of both tensors.
+    histogram = StreamingHistogram()
+    for batch in images:
+        for value in both_operands(conv_graph, batch):
+            histogram.update(value)
+    expected = RANGES[rule].find(histogram, NumberFormat(8, Scheme.AFFINE))
+    assert ranges_of(found, shared[0]) == {"uint8": expected}
+
+
+def both_operands(graph: fx.GraphModule, batch: Tensor) -> list[Tensor]:
+    """The tensors that meet in the graph's only add."""
+    seen: list[Tensor] = []
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            result = super().run_node(n)
+            if n.target is torch.ops.aten.add.Tensor:
+                seen.extend(self.env[arg] for arg in n.args)
+            return result
+
+    with torch.no_grad():
+        Recorder(graph).run(batch)
+    return seen
+
+
+def activation_quantizers(graph: fx.GraphModule) -> list[str]:
+    return [n for n, module in graph.named_modules() if isinstance(module, ActivationQuantizer)]
+
+
+def ranges_of(graph: fx.GraphModule, name: str) -> dict[str, ActivationRange]:
+    quantizer = graph.get_submodule(name)
+    assert isinstance(quantizer, ActivationQuantizer)
+    return quantizer.ranges

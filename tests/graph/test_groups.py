@@ -8,8 +8,10 @@ from torch import Tensor, fx, nn
 
 from fxmpq.errors import PatternError, PrecisionError
 from fxmpq.formats import Precision
-from fxmpq.graph.groups import form_groups, matching
+from fxmpq.graph.asked_products import AskedProducts
+from fxmpq.graph.groups import form_groups
 from fxmpq.graph.layers import find_layers
+from fxmpq.graph.products import find_products
 from fxmpq.graph.rules import OperatorRule, TargetRules
 from fxmpq.graph.state import Group
 from fxmpq.graph.trace import trace
@@ -24,10 +26,11 @@ def groups_of(
     candidates: Sequence[Precision] = (W4A8, W8A8),
     keep: Mapping[str, Precision] | None = None,
     exclude: Sequence[str] = (),
+    ties: Sequence[Sequence[str]] = (),
     rules: TargetRules = REFERENCE.rules,
 ) -> dict[str, Group]:
     layers = find_layers(graph).layers
-    groups = form_groups(graph, layers, rules, candidates, keep or {}, exclude)
+    groups = form_groups(graph, layers, rules, candidates, keep or {}, exclude, ties).groups
     assert sorted(layer.name for group in groups for layer in group.layers) == sorted(
         layer.name for layer in layers
     )
@@ -100,7 +103,10 @@ def test_a_later_pin_wins(conv_graph: fx.GraphModule) -> None:
 
 
 def test_pins_that_disagree_in_a_group_are_an_error(conv_graph: fx.GraphModule) -> None:
-    with pytest.raises(PrecisionError, match="conv1 at w4a8, downsample.0 at w8a8"):
+    with pytest.raises(
+        PrecisionError,
+        match="conv1 at w4a8, downsample.0 at w8a8. downsample.0 reads the input of conv1",
+    ):
         groups_of(conv_graph, keep={"conv1": W4A8, "downsample.0": W8A8})
 
 
@@ -113,21 +119,13 @@ def test_a_pattern_without_a_layer_is_an_error(conv_graph: fx.GraphModule, optio
         groups_of(conv_graph, **{option: value})  # type: ignore[arg-type]
 
 
-def test_patterns_are_fnmatch_and_case_sensitive() -> None:
-    names = ["layer1.conv", "layer2.conv", "fc"]
-    assert matching("layer?.conv", names) == names[:2]
-    assert matching("layer[2-9]*", names) == ["layer2.conv"]
-    assert matching("*", names) == names
-    with pytest.raises(PatternError, match="closest of 3 layers: .*'fc'"):
-        matching("FC", names)
-
-
 def test_candidates_that_a_group_cannot_run_are_an_error(bert_graph: fx.GraphModule) -> None:
     with pytest.raises(
         PrecisionError,
-        match=r"no candidate among w4 runs on layer '.*query' \(linear\); target 'onnxruntime'",
+        match=r"no candidate among w3a8 runs on layer '.*query' \(linear\); target 'onnxruntime' .*"
+        r"key reads the input of .*query; .*value reads the input of",
     ):
-        groups_of(bert_graph, [Precision(4)], rules=ONNXRUNTIME.rules)
+        groups_of(bert_graph, [Precision(3, 8)], rules=ONNXRUNTIME.rules, exclude=["*embeddings*"])
 
 
 def test_a_kind_that_the_target_lacks_stays_float(bert_graph: fx.GraphModule) -> None:
@@ -171,3 +169,148 @@ def test_excluding_one_call_leaves_the_others_together() -> None:
     groups = groups_of(graph, exclude=["fc"])
     assert members(groups) == {"fc": ["fc"], "fc#2": ["fc#2", "fc#3"]}
     assert groups["fc"].candidates == (Precision(),)
+
+
+def test_a_tie_puts_layers_into_one_group(conv_graph: fx.GraphModule) -> None:
+    groups = groups_of(conv_graph, ties=[("fc", "stem*")])
+    assert members(groups) == {
+        "stem.0": ["stem.0", "fc"],
+        "conv1": ["conv1", "downsample.0"],
+        "conv2": ["conv2"],
+    }
+    assert groups["stem.0"].candidates == (W4A8, W8A8)
+
+
+def test_ties_that_meet_are_one(conv_graph: fx.GraphModule) -> None:
+    found = members(groups_of(conv_graph, ties=[("fc", "conv2"), ("down*", "fc")]))
+    assert found == {"stem.0": ["stem.0"], "conv1": ["conv1", "conv2", "downsample.0", "fc"]}
+
+
+def test_a_kept_layer_keeps_what_is_tied_to_it(conv_graph: fx.GraphModule) -> None:
+    groups = groups_of(conv_graph, ties=[("fc", "conv2")], keep={"fc": W8A8})
+    assert groups["conv2"].candidates == (W8A8,)
+    with pytest.raises(PrecisionError, match="conv2 at w4a8, fc at w8a8. fc is tied to conv2"):
+        groups_of(conv_graph, ties=[("fc", "conv2")], keep={"fc": W8A8, "conv2": W4A8})
+
+
+def test_tied_layers_that_share_no_candidate_are_an_error(conv_graph: fx.GraphModule) -> None:
+    rules = TargetRules(
+        "chip",
+        {
+            "conv": OperatorRule(frozenset({4}), frozenset({8})),
+            "linear": OperatorRule(frozenset({8}), frozenset({8})),
+        },
+        (W4A8, W8A8),
+    )
+    assert groups_of(conv_graph, rules=rules)["fc"].candidates == (W8A8,)
+    with pytest.raises(
+        PrecisionError,
+        match=r"no candidate among w4a8, w8a8 runs on layer 'conv2' \(conv, linear\).*"
+        "fc is tied to conv2",
+    ):
+        groups_of(conv_graph, rules=rules, ties=[("fc", "conv2")])
+
+
+def test_an_excluded_layer_is_in_no_tie(conv_graph: fx.GraphModule) -> None:
+    groups = groups_of(conv_graph, ties=["*"], exclude=["conv1"])
+    assert members(groups) == {
+        "stem.0": ["stem.0", "conv2", "downsample.0", "fc"],
+        "conv1": ["conv1"],
+    }
+    with pytest.raises(PatternError, match="no layer matches 'fcc'"):
+        groups_of(conv_graph, ties=[("fc", "fcc")])
+
+
+def test_a_target_may_tie_residual_branches(
+    conv_graph: fx.GraphModule, chip_rules: TargetRules
+) -> None:
+    assert members(groups_of(conv_graph, rules=chip_rules)) == {
+        "stem.0": ["stem.0"],
+        "conv1": ["conv1", "conv2", "downsample.0"],
+        "fc": ["fc"],
+    }
+
+
+def test_a_target_of_weights_alone_may_leave_shared_inputs_apart(
+    bert_graph: fx.GraphModule,
+) -> None:
+    rule = OperatorRule(frozenset({4, 8}), frozenset({None}))
+    rules = TargetRules(
+        "chip", {"linear": rule, "embedding": rule}, (Precision(4),), joins=("shared_weight",)
+    )
+    groups = groups_of(bert_graph, [Precision(4), Precision(8)], rules=rules)
+    assert all(len(group.layers) == 1 for group in groups.values())
+
+
+def test_a_grouping_tells_its_joins_and_what_did_not_join(
+    bert_graph: fx.GraphModule, chip_rules: TargetRules
+) -> None:
+    layers = find_layers(bert_graph).layers
+    found = form_groups(bert_graph, layers, chip_rules, [W8A8], {}, ["*pooler*"], [("*key",)])
+    assert {join.rule for join in found.joins} == {"shared_input", "tied"}
+    assert {entry.rule for entry in found.missed} == {"added"}
+    assert all("layer_norm" in entry.reason for entry in found.missed)
+
+
+class Meets(nn.Module):
+    """A product that reads what a linear layer reads, and one on what that layer computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc(x)
+        return torch.bmm(x @ x.transpose(1, 2), hidden)
+
+
+def product_groups(
+    candidates: Sequence[Precision],
+    keep: Mapping[str, Precision] | None = None,
+    exclude: Sequence[str] = (),
+    ties: Sequence[Sequence[str]] = (),
+) -> dict[str, Group]:
+    graph = trace(Meets(), torch.randn(2, 3, 4))
+    asked = AskedProducts(find_products(graph), ("fused",))
+    layers, rules = find_layers(graph).layers, REFERENCE.rules
+    found = form_groups(
+        graph, layers, rules, candidates, keep or {}, exclude, ties, asked=asked
+    ).groups
+    return {group.name: group for group in found}
+
+
+def test_a_product_joins_what_reads_its_operand_and_follows_its_activations() -> None:
+    groups = product_groups([Precision(4), W4A8, W8A8])
+    assert list(groups) == ["fc", "bmm"]
+    assert [member.name for member in groups["fc"].members] == ["fc", "matmul"]
+    # Weights alone leave nothing for the product to be at.
+    assert groups["fc"].candidates == (W4A8, W8A8)
+    assert groups["bmm"].candidates == (Precision(None, 8),)
+    assert (groups["bmm"].layers, groups["bmm"].members) == ((), groups["bmm"].products)
+
+
+def test_products_alone_may_have_widths_of_their_own() -> None:
+    groups = product_groups([W8A8, Precision(None, 4), Precision(None, 16), Precision()])
+    assert groups["fc"].candidates == (W8A8, Precision())
+    names = [str(candidate) for candidate in groups["bmm"].candidates]
+    assert names == ["a4", "a8", "a16", "fp32"]
+
+
+def test_patterns_match_products_and_those_of_fused_attention() -> None:
+    groups = product_groups([W8A8], keep={"bmm": Precision(4, 4)}, exclude=["fused"])
+    assert groups["bmm"].candidates == (Precision(None, 4),)
+    groups = product_groups([W8A8], exclude=["matmul"])
+    assert groups["matmul"].candidates == (Precision(),)
+    assert [member.name for member in groups["fc"].members] == ["fc"]
+    with pytest.raises(PatternError, match="no layer matches 'bmn'; .* 'bmm'"):
+        product_groups([W8A8], exclude=["bmn"])
+
+
+def test_a_tie_joins_layers_and_products() -> None:
+    groups = product_groups([W4A8, W8A8], ties=[("fc", "bmm", "fused")])
+    assert [member.name for member in groups["fc"].members] == ["fc", "matmul", "bmm"]
+
+
+def test_a_product_that_nothing_fits_is_an_error() -> None:
+    with pytest.raises(PrecisionError, match=r"among w4, w8 runs on layer 'bmm' \(matmul\)"):
+        product_groups([Precision(4), Precision(8)], exclude=["matmul"])

@@ -86,7 +86,6 @@ class Products(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        self.transposed = nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: PLR0911  (a case an operator)
         other = x.transpose(1, 2)
@@ -103,10 +102,8 @@ class Products(nn.Module):
                 return torch.baddbmm(torch.ones(1, 3, 3), x, other)
             case "einsum":
                 return torch.einsum("bij,bkj->bik", x, x)
-            case "einsum ellipsis":
-                return torch.einsum("...ij,j->...i", x, torch.ones(5))
             case _:
-                return self.transposed(x.reshape(-1, 1, 3, 5).expand(-1, 4, 3, 5))
+                return torch.einsum("...ij,j->...i", x, torch.ones(5))
 
 
 @pytest.mark.parametrize(
@@ -119,14 +116,33 @@ class Products(nn.Module):
         ("baddbmm", 3 * 3 * 5),
         ("einsum", 3 * 3 * 5),
         ("einsum ellipsis", 3 * 5),
-        # Each of 4 x 15 inputs meets its group's 3 output channels and 9 kernel positions.
-        ("conv_transpose2d", 4 * 15 * 3 * 9),
     ],
 )
 def test_products_that_stay_float(kind: str, macs: int) -> None:
     found = find_layers(trace(Products(kind), torch.ones(2, 3, 5)))
     assert found.layers == ()
     assert [entry.macs for entry in found.left_float] == [macs]
+
+
+def test_a_transposed_convolution_is_a_layer_of_its_inputs() -> None:
+    model = nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2)
+    [layer] = find_layers(trace(model, torch.ones(2, 4, 3, 5))).layers
+    assert (layer.kind, layer.channel_axis) == ("conv_transpose", 1)
+    # Each of 4 x 15 inputs meets its group's 3 output channels and 9 kernel positions.
+    assert layer.macs == 4 * 15 * 3 * 9
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_stay_float(kind: type[nn.RNNBase]) -> None:
+    layer = kind(6, 4, num_layers=2, bidirectional=True, batch_first=True)
+    found = find_layers(trace(layer.eval(), torch.ones(2, 3, 6)))
+    assert found.layers == ()
+    matrices = [weight for weight in layer.parameters() if weight.dim() == 2]
+    # Three positions, each of which meets all matrices, be they of either direction or layer.
+    expected = 3 * sum(weight.numel() for weight in matrices)
+    assert [(entry.reason, entry.macs) for entry in found.left_float] == [
+        ("recurrent layers are computed in float", expected)
+    ]
 
 
 def test_attention_of_several_sizes() -> None:

@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from fxmpq.errors import FxmpqError, PatternError, PrecisionError
 from fxmpq.formats import NumberFormat, Precision
+from fxmpq.graph.findings import Join
 from fxmpq.graph.prepare import insert_quantizers
 from fxmpq.graph.rules import OperatorRule, TargetRules
 from fxmpq.graph.run import run_batch
@@ -15,7 +16,7 @@ from fxmpq.graph.trace import trace
 from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
 from fxmpq.targets.onnxruntime import ONNXRUNTIME
 from fxmpq.targets.reference import REFERENCE
-from fxmpq.targets.target import Target
+from fxmpq.targets.target import Target, agreement_db
 
 TARGETS = pytest.mark.parametrize("target", [REFERENCE, ONNXRUNTIME], ids=lambda t: t.name)
 
@@ -162,3 +163,72 @@ def test_other_weights_than_single_precision_are_an_error(dtype: torch.dtype) ->
     kept = insert_quantizers(graph, REFERENCE.rules, exclude=["*"])
     x = torch.randn(2, 4).to(dtype)
     assert torch.equal(run_batch(kept, x)[0], run_batch(graph, x)[0])
+
+
+def test_the_state_tells_fusions_joins_and_what_did_not_fire(conv_graph: fx.GraphModule) -> None:
+    state = require(insert_quantizers(conv_graph, ONNXRUNTIME.rules), stage="prepared")
+    assert [(fusion.name, fusion.layer) for fusion in state.fusions] == [
+        ("conv-relu", "stem.0"),
+        ("conv-relu", "conv1"),
+        ("add-relu", ""),
+    ]
+    assert state.joins == (Join("shared_input", "downsample.0", "conv1"),)
+    assert {entry.place for entry in state.missed} == {"conv2", "downsample.0"}
+    assert state.shared_ranges == ()
+    bare = require(insert_quantizers(conv_graph, REFERENCE.rules), stage="prepared")
+    assert (bare.fusions, bare.missed, bare.joins) == ((), (), state.joins)
+
+
+def test_a_chip_that_ties_what_it_adds_computes_the_same_while_off(
+    conv_graph: fx.GraphModule, images: list[Tensor], chip_rules: TargetRules
+) -> None:
+    prepared = insert_quantizers(conv_graph, chip_rules, ties=[("fc", "stem*")])
+    assert torch.equal(prepared(images[0]), conv_graph(images[0]))
+    state = require(prepared, stage="prepared")
+    assert [group.name for group in state.groups] == ["stem.0", "conv1"]
+    assert {name for names in state.shared_ranges for name in names} <= {
+        name for group in state.groups for name in group.activation_quantizers
+    }
+
+
+@TARGETS
+def test_products_of_attention_agree_to_rounding_with_every_quantizer_off(
+    target: Target, bert_graph: fx.GraphModule, token_batches: list[dict[str, Tensor]]
+) -> None:
+    prepared = insert_quantizers(bert_graph, target.rules, products=True)
+    groups = [group for group in require(prepared, stage="prepared").groups if group.products]
+    assert len(groups) == 4
+    for group in groups:
+        assert [str(candidate) for candidate in group.candidates] == ["a8"]
+        assert len(group.activation_quantizers) == 2
+    for batch in token_batches:
+        expected, found = run_batch(bert_graph, batch), run_batch(prepared, batch)
+        assert agreement_db(expected, found) >= 100
+    assert state_of(prepared).left_float == ()
+
+
+def test_without_products_fused_attention_stays(bert_graph: fx.GraphModule) -> None:
+    names = [
+        [(node.name, node.target) for node in graph.graph.nodes]
+        for graph in (
+            insert_quantizers(bert_graph, REFERENCE.rules),
+            insert_quantizers(bert_graph, REFERENCE.rules, products=False),
+        )
+    ]
+    assert names[0] == names[1]
+    fused = torch.ops.aten.scaled_dot_product_attention.default
+    assert [target for _, target in names[0]].count(fused) == 2
+    with pytest.raises(PrecisionError, match="a8 is of products"):
+        insert_quantizers(bert_graph, REFERENCE.rules, candidates=[Precision(None, 8)])
+
+
+def test_products_that_the_user_leaves_out_say_so(bert_graph: fx.GraphModule) -> None:
+    prepared = insert_quantizers(
+        bert_graph, REFERENCE.rules, exclude=["*.layer.1.*.scores"], products=True
+    )
+    state = state_of(prepared)
+    name = "bert.encoder.layer.1.attention.self.scores"
+    assert [(entry.name, entry.reason) for entry in state.left_float] == [
+        (name, "kept in float by the user")
+    ]
+    assert state.group(name).candidates == (Precision(),)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
-from fxmpq.errors import PrecisionError
+from fxmpq.errors import PrecisionError, TargetError
 from fxmpq.formats import Precision, Scheme
 from fxmpq.granularity import PerBlock, PerChannel, PerTensor
 from fxmpq.graph.rules import OperatorRule, TargetRules
@@ -120,3 +123,107 @@ def test_the_description_names_floats_and_granularities() -> None:
         "per block; embedding: weights [4], activations [None], floats ['e4m3'], scales per "
         "channel; linear: weights [4], activations [8], scales per tensor"
     )
+
+
+BLOCKS = OperatorRule(
+    frozenset({4}),
+    frozenset({8, None}),
+    granularities=frozenset({PerChannel, PerBlock}),
+    block_sizes=frozenset({32, 128}),
+    blocks_are_weight_only=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "in_any_block"),
+    [
+        *[("w4b32", True, True), ("w4b128", True, True), ("w4", True, True), ("w4a8", True, True)],
+        *[("w4b64", False, True), ("w4b32a8", False, True), ("w4t", False, False)],
+    ],
+)
+def test_blocks_can_have_some_sizes_and_float_activations_only(
+    name: str, runs: bool, in_any_block: bool
+) -> None:
+    precision = Precision.parse(name)
+    assert BLOCKS.runs(precision) is runs
+    freed = replace(BLOCKS, block_sizes=frozenset(), blocks_are_weight_only=False)
+    assert freed.runs(precision) is in_any_block
+    assert BLOCKS.describe().endswith("scales per channel, per block of [32, 128] (weight-only)")
+    assert freed.describe().endswith("scales per channel, per block")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"joins": ("shared_weight", "shared_input", "add")}, "by 'add'; there are 'added'"),
+        ({"joins": ("shared_input",)}, "must join by 'shared_weight'"),
+        ({"joins": ("shared_weight",)}, "must join by 'shared_input': what layers share is stored"),
+        ({"fusions": (("conv",),)}, "a fusion is of two or more"),
+        ({"fusions": (("conv", "rleu"),)}, "fuses 'rleu', which is neither a kind of layer nor"),
+        ({"shared_ranges": frozenset({"concat_"})}, "shares ranges at 'concat_'"),
+        ({"quantize_outputs_of": frozenset({"linear"})}, "outputs of 'linear', .*conv, embedding"),
+        ({"quantize_outputs_of": frozenset({"relu"})}, "outputs of 'relu', which is neither"),
+    ],
+)
+def test_rules_that_cannot_be_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(TargetError, match=words):
+        replace(RULES, **options)
+
+
+def test_a_target_that_stores_no_activation_needs_no_shared_inputs() -> None:
+    weight_only = OperatorRule(frozenset({4}), frozenset({None}))
+    rules = replace(RULES, operators={"linear": weight_only}, joins=("shared_weight",))
+    assert rules.joins == ("shared_weight",)
+
+
+PRODUCT = OperatorRule(
+    frozenset(), frozenset({8, 16}), frozenset({Scheme.E4M3}), granularities=frozenset()
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "runs"),
+    [
+        *[("a8", True), ("a16", True), ("ae4m3", True), ("fp32", True)],
+        *[("a4", False), ("ae5m2", False), ("w8a8", False), ("w8", False)],
+    ],
+)
+def test_a_product_runs_activations_alone(name: str, runs: bool) -> None:
+    assert PRODUCT.is_activation_only
+    assert PRODUCT.runs(Precision.parse(name)) is runs
+    assert PRODUCT.describe() == "activations [16, 8], floats ['e4m3']"
+
+
+def test_activations_alone_are_of_products_only() -> None:
+    assert not any(rule.runs(Precision(None, 8)) for rule in RULES.operators.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "half"),
+    [
+        *[("conv", "w4a8", "w4a8"), ("conv", "w4", "w4"), ("conv", "a8", None)],
+        *[("embedding", "w4a8", "w4"), ("embedding", "w4", "w4"), ("embedding", "a8", None)],
+        *[("matmul", "w4a8", "a8"), ("matmul", "a8", "a8"), ("matmul", "w4", None)],
+        *[(kind, "fp32", "fp32") for kind in ("conv", "embedding", "matmul")],
+    ],
+)
+def test_each_kind_takes_its_half(kind: str, name: str, half: str | None) -> None:
+    rule = {**RULES.operators, "matmul": PRODUCT}[kind]
+    expected = None if half is None else Precision.parse(half)
+    assert rule.half(Precision.parse(name)) == expected
+
+
+def test_a_product_takes_the_activation_half_once() -> None:
+    rules = replace(RULES, operators={**RULES.operators, "matmul": PRODUCT})
+    wanted = parsed("w4a8", "w8a8", "w4", "a16", "fp32", "w4a4")
+    assert rules.candidates_for("matmul", wanted) == parsed("a8", "a16", "fp32")
+    assert rules.candidates_for("conv", wanted) == parsed("w4a8", "w8a8", "fp32")
+
+
+def test_precisions_of_products_are_refused_unless_products_are_quantized() -> None:
+    rules = replace(RULES, operators={**RULES.operators, "matmul": PRODUCT})
+    rules.check(parsed("a8", "w4a8"), products=True)
+    with pytest.raises(PrecisionError, match="a8 is of products .*; quantize them too with pro"):
+        rules.check(parsed("w4a8", "a8"))
+    with pytest.raises(PrecisionError, match="cannot run a4; it runs"):
+        rules.check(parsed("a4"), products=True)

@@ -68,6 +68,26 @@ def test_convolutions_and_heads() -> None:
     assert layers(known) == {True}
 
 
+def test_an_empty_slice_has_no_samples_and_what_joins_it_has() -> None:
+    class FullRotary(nn.Module):
+        """Rotates all of a head: nothing is left for the other part, as in Phi-3."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.out = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.linear(x)
+            rotated, kept = hidden[..., :8], hidden[..., 8:]
+            return self.out(torch.cat([rotated.neg(), kept * 2], dim=-1))
+
+    known = samples_seen(FullRotary(), torch.randn(3, 5, 8))
+    assert layers(known) == {True}
+    assert not known["mul"]
+    assert known["cat"]
+
+
 @pytest.mark.parametrize("positions", [3, 6, 7])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_attention_that_puts_positions_first(positions: int, batch_first: bool) -> None:
@@ -122,6 +142,24 @@ def test_windows_cut_from_images() -> None:
 
     known = samples_seen(Windows(), torch.randn(3, 6, 6, 4))
     assert layers(known) == {True}
+
+
+class Sorted(nn.Module):
+    """Rows of all samples in another order and back, as a mixture of experts has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, 4)
+        order = rows.sum(1).argsort(descending=True)
+        moved = self.fc(rows[order])
+        return torch.zeros_like(moved).index_put((order,), moved).view_as(x)
+
+
+def test_rows_that_are_sorted_have_no_samples() -> None:
+    assert layers(samples_seen(Sorted(), torch.randn(3, 5, 4))) == {False}
 
 
 class Shares(nn.Module):

@@ -1,18 +1,25 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
 from fxmpq.formats import Precision
+from fxmpq.graph.asked_products import AskedProducts
+from fxmpq.graph.fusions import find_fusions
 from fxmpq.graph.groups import form_groups
 from fxmpq.graph.layers import find_layers
+from fxmpq.graph.products import find_products
 from fxmpq.graph.rules import TargetRules
 from fxmpq.graph.sites import find_sites
 from fxmpq.graph.state import node_shape
 from fxmpq.graph.trace import trace
+from fxmpq.recipes.models.resnet20 import ResNet20
 from fxmpq.targets.onnxruntime import ONNXRUNTIME
 from fxmpq.targets.reference import REFERENCE
+from fxmpq.targets.registry import get_target
 
 Found = dict[str, tuple[str, set[str] | None]]
 
@@ -24,8 +31,9 @@ def sites_of(
     candidate: Precision = Precision(8, 8),
 ) -> Found:
     """Value to (owning group, readers)."""
-    groups = form_groups(graph, find_layers(graph).layers, rules, [candidate], {}, exclude)
-    sites = find_sites(graph, groups, rules)
+    layers = find_layers(graph).layers
+    groups = form_groups(graph, layers, rules, [candidate], {}, exclude).groups
+    sites = find_sites(graph, groups, rules, find_fusions(graph, layers, rules.fusions).fusions)
     order = [node.name for node in graph.graph.nodes]
     assert [site.value.name for site in sites] == sorted(
         (site.value.name for site in sites), key=order.index
@@ -135,3 +143,132 @@ def test_every_site_is_a_real_tensor(resnet_graph: fx.GraphModule, target: objec
     for name in found:
         assert nodes[name].meta["val"].is_floating_point()
         assert node_shape(nodes[name]) is not None
+
+
+# Counted before fusions were data, as (sites, sites that every reader sees in codes).
+RECORDED = {
+    ("resnet20", "reference"): (20, 0),
+    ("resnet20", "onnxruntime"): (32, 30),
+    ("conv", "reference"): (4, 0),
+    ("conv", "onnxruntime"): (7, 5),
+    ("bert", "reference"): (10, 0),
+    ("bert", "onnxruntime"): (10, 0),
+}
+
+
+@pytest.mark.parametrize(("model", "target"), RECORDED)
+def test_sites_are_where_they_always_were(
+    conv_graph: fx.GraphModule, bert_graph: fx.GraphModule, model: str, target: str
+) -> None:
+    if model == "resnet20":
+        graph = trace(ResNet20().eval(), torch.randn(2, 1, 28, 28))
+    else:
+        graph = {"conv": conv_graph, "bert": bert_graph}[model]
+    found = sites_of(graph, get_target(target).rules)
+    stored = [readers for _, readers in found.values() if readers is None]
+    assert (len(found), len(stored)) == RECORDED[model, target]
+    if (model, target) == ("resnet20", "onnxruntime"):
+        by_group: dict[str, str] = {}
+        for value, (group, _) in found.items():
+            by_group[group] = f"{by_group.get(group, '')} {value}".lstrip()
+        assert by_group == RESNET20_CODES
+        # Only the image and what the classifier reads are in float for other readers.
+        assert [name for name, (_, readers) in found.items() if readers] == ["x", "flatten"]
+
+
+RESNET20_CODES = {
+    "conv": "x",
+    "stage1.0.conv1": "relu",
+    "stage1.0.conv2": "relu_1 conv2d_2",
+    "stage1.1.conv1": "relu_2",
+    "stage1.1.conv2": "relu_3 conv2d_4",
+    "stage1.2.conv1": "relu_4",
+    "stage1.2.conv2": "relu_5 conv2d_6",
+    "stage2.0.conv1": "relu_6 conv2d_9",
+    "stage2.0.conv2": "relu_7 conv2d_8",
+    "stage2.1.conv1": "relu_8",
+    "stage2.1.conv2": "relu_9 conv2d_11",
+    "stage2.2.conv1": "relu_10",
+    "stage2.2.conv2": "relu_11 conv2d_13",
+    "stage3.0.conv1": "relu_12 conv2d_16",
+    "stage3.0.conv2": "relu_13 conv2d_15",
+    "stage3.1.conv1": "relu_14",
+    "stage3.1.conv2": "relu_15 conv2d_18",
+    "stage3.2.conv1": "relu_16",
+    "stage3.2.conv2": "relu_17 conv2d_20 relu_18",
+    "classifier": "flatten",
+}
+
+
+class Skips(nn.Module):
+    """A sum whose other operand is computed by a layer, or by nothing that is stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (self.two(self.one(x).relu()) + x).relu()
+        return self.three(y) + torch.softmax(y, 1)
+
+
+def test_a_sum_that_is_fused_into_a_layer_is_stored_as_that_layers_output() -> None:
+    graph = trace(Skips().eval(), torch.randn(2, 3, 4, 4))
+    chains = (("conv", "relu"), ("conv", "add", "relu"), ("conv", "add"))
+    rules = replace(ONNXRUNTIME.rules, fusions=chains, quantize_outputs_of=frozenset({"conv"}))
+    assert sites_of(graph, rules) == {
+        # The fused layer reads the codes of the skip too.
+        "x": ("one", {"conv2d", "add"}),
+        "relu": ("two", None),
+        "relu_1": ("three", None),
+        "add_1": ("three", None),
+    }
+
+
+def test_a_concatenation_of_codes_is_stored_in_codes(chip_rules: TargetRules) -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.one(x), self.two(x)], 1) * 2
+
+    graph = trace(Joined().eval(), torch.randn(2, 3, 4, 4))
+    assert sites_of(graph, chip_rules) == {
+        "x": ("one", {"conv2d", "conv2d_1"}),
+        "conv2d": ("one", None),
+        "conv2d_1": ("one", None),
+        "cat": ("one", None),
+    }
+
+
+class Product(nn.Module):
+    """A product of a layer's result and of what that layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.relu(self.fc(x)).transpose(1, 2)
+
+
+def test_both_operands_of_a_product_are_sites_that_it_alone_reads() -> None:
+    graph = trace(Product(), torch.randn(2, 3, 4))
+    asked = AskedProducts(find_products(graph))
+    layers, rules = find_layers(graph).layers, REFERENCE.rules
+    groups = form_groups(graph, layers, rules, [Precision(8, 8)], {}, (), asked=asked).groups
+    sites = {site.value.name: site for site in find_sites(graph, groups, rules, ())}
+    assert {name: site.group for name, site in sites.items()} == {"x": "fc", "transpose": "fc"}
+    assert {reader.name for reader in sites["x"].readers or ()} == {"linear", "matmul"}
+    assert {reader.name for reader in sites["transpose"].readers or ()} == {"matmul"}
+
+
+def test_a_product_that_stays_float_has_no_sites() -> None:
+    graph = trace(Product(), torch.randn(2, 3, 4))
+    asked = AskedProducts(find_products(graph))
+    layers, rules = find_layers(graph).layers, REFERENCE.rules
+    candidates = [Precision(8, 8)]
+    groups = form_groups(graph, layers, rules, candidates, {}, ["matmul"], asked=asked).groups
+    assert [site.value.name for site in find_sites(graph, groups, rules, ())] == ["x"]

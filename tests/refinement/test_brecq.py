@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmpq.errors import FxmpqError
-from fxmpq.graph.state import Refinement, copy_graph
+from fxmpq.graph.state import Refinement, copy_graph, state_of, with_state
 from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
 from fxmpq.refinement import brecq as module
 from fxmpq.refinement.best_seen import BestSeen
@@ -181,6 +181,21 @@ def test_ranges_are_trained_with_all_their_readers(plan_of: Callable[..., Any]) 
     done = run(graph, subject.batches, steps=60, rounding_rate=0.0, bias_rate=0.0, range_rate=0.02)
     assert all(m.ranges["uint4"].scale > before[name].scale for name, m in found)
     assert all(entry.after < entry.before / 1.5 for entry in done)
+
+
+def test_tensors_of_one_range_keep_it(plan_of: Callable[..., Any]) -> None:
+    subject = residual(plan_of, "w8a4")
+    graph = subject.planned
+    found = {n: m for n, m in graph.named_modules() if isinstance(m, ActivationQuantizer)}
+    shared = tuple(found)[:2]
+    with_state(graph, replace(state_of(graph), shared_ranges=(shared,)))
+    for m in found.values():
+        m.ranges["uint4"] = replace(m.ranges["uint4"], scale=m.ranges["uint4"].scale / 2)
+    before = {name: m.ranges["uint4"] for name, m in found.items()}
+    run(graph, subject.batches, steps=20, rounding_rate=0.0, bias_rate=0.0, range_rate=0.02)
+    changed = {name for name, m in found.items() if m.ranges["uint4"] != before[name]}
+    assert changed == set(found) - set(shared)
+    assert changed
 
 
 def test_without_any_weight_on_a_grid_nothing_is_done(plan_of: Callable[..., Any]) -> None:

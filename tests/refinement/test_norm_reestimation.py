@@ -174,6 +174,17 @@ def test_scaling_channels_multiplies_rows_and_says_so() -> None:
     assert torch.allclose(after, before * torch.tensor([[2.0], [0.5]]))
 
 
+def test_scales_that_groups_share_are_left() -> None:
+    # A transposed convolution of two groups: four output channels, two scales.
+    weight = torch.randn(6, 2, 3, generator=GENERATOR)
+    quantizer = WeightQuantizer("w", [INT4], axis=1)
+    quantizer.set_scale(INT4, torch.tensor([0.1, 0.2]))
+    assert not scale_channels(quantizer, weight, INT4, torch.tensor([2.0, 0.5, 1.0, 1.0]))
+    assert quantizer.scale(INT4).tolist() == pytest.approx([0.1, 0.2])
+    assert scale_channels(quantizer, weight, INT4, torch.tensor([2.0, 0.5]))
+    assert quantizer.scale(INT4).tolist() == pytest.approx([0.2, 0.1])
+
+
 def test_an_unknown_match_is_refused(subject_of: Callable) -> None:
     subject = subject_of("conv")
     with pytest.raises(FxmpqError, match="'variance'.*regression or deviation"):

@@ -59,6 +59,7 @@ OTHERS = {
     "a norm": nn.LayerNorm(6, elementwise_affine=False),
     "a constant": Function(lambda x: x + 1),
     "swapped dimensions": Function(lambda x: x.transpose(1, 2)[:, :4]),
+    "a transposed convolution": nn.ConvTranspose2d(4, 4, 1),
     "a reshape that mixes channels": Function(lambda x: x.reshape(-1, 4, 6, 6) + 0),
 }
 

@@ -13,7 +13,9 @@ from fxmpq.sensitivity.weight_projection import (
     WEIGHT_PROJECTIONS,
     conv_geometry,
     project_conv,
+    project_conv_transpose,
     project_embedding,
+    project_experts,
     project_linear,
 )
 
@@ -128,6 +130,48 @@ def test_embeddings(shape: tuple[int, ...]) -> None:
     results = [functional.embedding(rows, change) for change in changes]
     found = project_embedding(rows, gradient, changes, (), 3)
     assert torch.allclose(found, explicit(results, gradient, 3), atol=1e-3)
+
+
+TRANSPOSED = {
+    "conv_transpose1d": (1, 3, 4, (3,), (6,), ()),
+    "conv_transpose2d strided": (2, 3, 4, (3, 2), (4, 5), ([2, 1], [1, 0])),
+    "conv_transpose2d grouped": (2, 4, 6, (3, 3), (4, 4), ([2, 2], [1, 1], [1, 0], 2)),
+    "conv_transpose2d dilated": (2, 2, 3, (2, 2), (4, 4), ([1], [0], [0], 1, [2])),
+    "conv_transpose3d": (3, 2, 3, (2, 1, 2), (3, 4, 3), ([1, 2, 1],)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed_convolutions(name: str) -> None:
+    rank, channels, outputs, kernel, sizes, arguments = TRANSPOSED[name]
+    operators = (functional.conv_transpose1d, functional.conv_transpose2d)
+    operator = (*operators, functional.conv_transpose3d)[rank - 1]
+    groups = arguments[3] if len(arguments) > 3 else 1
+    x, changes = draw(3, channels, *sizes), draw(2, channels, outputs // groups, *kernel)
+    results = [operator(x, change, None, *arguments) for change in changes]
+    gradient = draw(*results[0].shape)
+    found = project_conv_transpose(x, gradient, changes, arguments, 3)
+    assert torch.allclose(found, explicit(results, gradient, 3), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_experts_on_the_whole_batch(is_turned: bool) -> None:
+    x, changes, ends = draw(7, 5), draw(2, 3 * 4, 5), torch.tensor([2, 2, 7])
+    operator = torch.ops.fxmpq.grouped_linear
+    results = [operator(x, change, ends, is_turned) for change in changes]
+    gradient = draw(7, 4)
+    found = project_experts(x, gradient, changes, (ends, is_turned), 1)
+    assert torch.allclose(found, explicit(results, gradient, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 5), (2, 3, 6, 5), (6, 5), (2, 1, 6, 5)])
+def test_batched_products_on_the_whole_batch(shape: tuple[int, ...]) -> None:
+    x, changes = draw(*shape), draw(2, 3 * 4, 5)
+    operator = torch.ops.fxmpq.batched_linear
+    results = [operator(x, change, None, 3, "plain") for change in changes]
+    gradient = draw(*results[0].shape)
+    found = project_experts(x, gradient, changes, (None, 3, "plain"), 1)
+    assert torch.allclose(found, explicit(results, gradient, 1), rtol=1e-4, atol=1e-4)
 
 
 def test_geometry_has_atens_defaults() -> None:

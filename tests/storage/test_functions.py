@@ -23,6 +23,9 @@ aten = torch.ops.aten
         (aten.arange.start_step, "aten::arange.start_step"),
         (aten.full.default, "aten::full.default"),
         (aten._assert_scalar.default, "aten::_assert_scalar.default"),
+        (torch.ops.fxmpq.linear.default, "fxmpq::linear.default"),
+        (torch.ops.fxmpq.grouped_linear.default, "fxmpq::grouped_linear.default"),
+        (torch.ops.fxmpq.batched_linear.default, "fxmpq::batched_linear.default"),
         (operator.getitem, "operator.getitem"),
         (operator.floordiv, "operator.floordiv"),
         (torch.sym_max, "torch.sym_max"),
@@ -53,6 +56,7 @@ def test_every_function_of_real_graphs_is_found_again(
     "name",
     [
         "os.system",
+        "fxmpq::integer_linear.default",
         "builtins.eval",
         "builtins::eval",
         "builtins.exec",

@@ -7,14 +7,18 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxmpq
+from fxmpq.calibration.calibrate import calibrate
 from fxmpq.errors import FxmpqError
 from fxmpq.formats import Precision
 from fxmpq.graph.attributes import get_tensor
-from fxmpq.graph.state import require
+from fxmpq.graph.prepare import insert_quantizers
+from fxmpq.graph.rules import TargetRules
+from fxmpq.graph.state import copy_graph, require
 from fxmpq.graph.switch import with_choices
 from fxmpq.graph.trace import trace
 from fxmpq.quantizers.modules import BiasCorrection, WeightQuantizer
 from fxmpq.quantizers.planned import PlannedQuantizer
+from fxmpq.training.freeze import freeze
 from fxmpq.training.planned import LearnedShift, check_planned, float_copy, trainable_plan
 from fxmpq.training.trainable import clamp_steps
 
@@ -212,3 +216,27 @@ def test_a_graph_without_a_plan_is_refused(
             use(graph)
         with pytest.raises(FxmpqError, match="fxmpq.prepare"):
             use(conv_graph)
+
+
+def test_tensors_of_one_range_learn_one_step(
+    conv_graph: fx.GraphModule, images: list[Tensor], chip_rules: TargetRules
+) -> None:
+    prepared = insert_quantizers(conv_graph, chip_rules)
+    graph = calibrate(prepared, images, progress=False)
+    groups = require(graph, stage="calibrated").groups
+    planned = with_choices(graph, {group.name: "w4a8" for group in groups})
+    learning = trainable_plan(planned)
+    ((one, other),) = require(planned, stage="calibrated").shared_ranges
+    assert learning.get_submodule(one) is learning.get_submodule(other)
+    assert torch.equal(learning(images[0]), planned(images[0]))
+    learning(images[0]).square().sum().backward()
+    learned = learning.get_submodule(one)
+    assert isinstance(learned, PlannedQuantizer)
+    with torch.no_grad():
+        learned.ratio.mul_(1.5)
+    frozen = copy_graph(planned)
+    freeze(learning, frozen)
+    found = [frozen.get_submodule(name).ranges for name in (one, other)]
+    assert found[0] == found[1]
+    assert found[0] != planned.get_submodule(one).ranges
+    assert torch.equal(frozen(images[0]), learning(images[0]))

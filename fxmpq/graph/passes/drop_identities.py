@@ -19,9 +19,11 @@ _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.def
 
 
 def drop_identities(graph: fx.GraphModule) -> int:
-    """Remove dropout, detach, no-op casts and metadata assertions, in place on the graph.
+    """Remove dropout, detach, no-op casts, copies and assertions, in place on the graph.
 
-    A dropout that the model applies at inference too (`training=True`) stays.
+    A dropout that the model applies at inference too (`training=True`) stays. A copy is what
+    `x[:, i] = y` becomes in a functional program, `copy(x[:, i], y)`; it goes where it neither
+    broadcasts nor casts. It has no derivative in torch (2.13).
 
     Args:
         graph: A graph exported in eval mode; changed in place.
@@ -31,22 +33,41 @@ def drop_identities(graph: fx.GraphModule) -> int:
     """
     removed = 0
     for node in reversed(list(graph.graph.nodes)):
-        if node.op != "call_function":
+        if not is_needless(node):
             continue
-        if node.target in _ASSERTIONS:
-            graph.graph.erase_node(node)
-        elif _is_identity(node) or _is_noop_cast(node):
-            node.replace_all_uses_with(node.args[0])
-            graph.graph.erase_node(node)
-        else:
-            continue
+        if node.target not in _ASSERTIONS:
+            # A copy gives what is copied, not what it is copied onto.
+            kept = 1 if node.target is aten.copy.default else 0
+            node.replace_all_uses_with(node.args[kept])
+        graph.graph.erase_node(node)
         removed += 1
-    graph.recompile()
+    if removed:
+        graph.recompile()
     return removed
+
+
+def is_needless(node: fx.Node) -> bool:
+    """Whether a node changes nothing at inference, by the values that the export recorded."""
+    if node.op != "call_function":
+        return False
+    if node.target is aten.copy.default:
+        return _is_plain_copy(node)
+    return node.target in _ASSERTIONS or _is_identity(node) or _is_noop_cast(node)
 
 
 def _is_identity(node: fx.Node) -> bool:
     return node.target in _IDENTITIES or (node.target in _DROPOUTS and node.args[2] is False)
+
+
+def _is_plain_copy(node: fx.Node) -> bool:
+    """Whether `copy(onto, source)` has the shape, dtype and device of its source."""
+    values = [arg.meta.get("val") for arg in node.args[:2] if isinstance(arg, fx.Node)]
+    found = [
+        (str(value.shape), value.dtype, value.device)
+        for value in values
+        if isinstance(value, Tensor)
+    ]
+    return len(found) == 2 and found[0] == found[1]
 
 
 def _is_noop_cast(node: fx.Node) -> bool:

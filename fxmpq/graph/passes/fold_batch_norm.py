@@ -1,4 +1,4 @@
-"""Fold batch normalization into the convolution or linear layer before it."""
+"""Fold batch normalization into the (transposed) convolution or linear layer before it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _fold(graph: fx.GraphModule, norm: fx.Node) -> bool:
     layer, statistics = norm.args[0], norm.args[1:5]
     is_training, epsilon = norm.args[5], norm.args[7]
     operator = operator_of(layer) if isinstance(layer, fx.Node) else None
-    if operator is None or not operator.quantizes_input or is_training:
+    if operator is None or operator.bias is None or is_training:
         return False
     assert isinstance(layer, fx.Node) and isinstance(epsilon, (int, float))
     # A linear layer's channels come last, a norm's second: they are the same only for [N, C].
@@ -60,14 +60,26 @@ def _fold(graph: fx.GraphModule, norm: fx.Node) -> bool:
     bias = _value(graph, bias_node)
     shifted = (-mean.double() if bias is None else bias.double() - mean.double()) * factor
     shifted = shifted if beta is None else shifted + beta.double()
-    scaled = weight.double() * factor.reshape(-1, *[1] * (weight.dim() - 1))
+    scaled = _scaled(weight.double(), factor, operator.channel_axis)
     bias_name = _bias_name(graph, str(weight_node.target), bias_node)
     _store(graph, str(weight_node.target), scaled.to(weight.dtype), weight.requires_grad)
     _store(graph, bias_name, shifted.to(weight.dtype), weight.requires_grad)
-    _set_bias(graph, layer, operator.bias or 2, bias_name)
+    _set_bias(graph, layer, operator.bias, bias_name)
     norm.replace_all_uses_with(layer)
     graph.graph.erase_node(norm)
     return True
+
+
+def _scaled(weight: Tensor, factor: Tensor, axis: int) -> Tensor:
+    """Multiply every output channel's weights by its factor.
+
+    Groups of a transposed convolution share an axis of channels, and split that of its inputs.
+    """
+    if axis == 0:
+        return weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
+    factors = factor.reshape(-1, weight.shape[1])
+    rows = factors.repeat_interleave(weight.shape[0] // len(factors), dim=0)
+    return weight * rows.reshape(*rows.shape, *[1] * (weight.dim() - 2))
 
 
 def _store(graph: fx.GraphModule, name: str, tensor: Tensor, requires_grad: bool) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmpq.graph.attributes import get_tensor, set_tensor
+from fxmpq.graph.constants import constant_nodes
 from fxmpq.graph.operators import argument, operator_of
 
 aten = torch.ops.aten
@@ -29,7 +30,7 @@ def fold_constants(graph: fx.GraphModule) -> int:
     Returns:
         How many weights and biases were stored.
     """
-    constants = _constants(graph)
+    constants = constant_nodes(graph)
     folded: dict[fx.Node, fx.Node] = {}
     wanted: dict[fx.Node, str] = {}
     values: dict[fx.Node, fx.node.Argument] = {}
@@ -53,31 +54,6 @@ def fold_constants(graph: fx.GraphModule) -> int:
         _rename(graph, stored, name)
     graph.recompile()
     return len(folded)
-
-
-def _constants(graph: fx.GraphModule) -> dict[fx.Node, fx.Node]:
-    """Nodes whose value is the same in every call: functions of stored tensors, without chance.
-
-    Each with the first node that computes the same.
-    """
-    found: dict[fx.Node, fx.Node] = {}
-    first: dict[tuple[object, str], fx.Node] = {}
-    for node in graph.graph.nodes:
-        if node.op == "get_attr" and _holds_tensor(graph, str(node.target)):
-            found[node] = node
-        elif node.op == "call_function" and node.all_input_nodes:
-            tags = getattr(node.target, "tags", ())
-            is_random = torch.Tag.nondeterministic_seeded in tags
-            if not is_random and all(source in found for source in node.all_input_nodes):
-                arguments = fx.node.map_arg((node.args, node.kwargs), found.__getitem__)
-                found[node] = first.setdefault((node.target, repr(arguments)), node)
-    return found
-
-
-def _holds_tensor(graph: fx.GraphModule, name: str) -> bool:
-    """Whether a stored attribute is a tensor; the branches of control flow are graphs."""
-    owner, _, leaf = name.rpartition(".")
-    return isinstance(getattr(graph.get_submodule(owner), leaf), Tensor)
 
 
 def _computed_operands(

@@ -31,7 +31,8 @@ def make_functional(graph: fx.GraphModule) -> int:
             if order[reader] > order[node]:
                 reader.replace_input_with(mutated, node)
         replaced += 1
-    graph.recompile()
+    if replaced:
+        graph.recompile()
     return replaced
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, fx, nn
 
 from fxmpq.graph.attributes import get_tensor, set_tensor
+from fxmpq.graph.constants import constant_nodes
+from fxmpq.graph.inserting import Inserter
 
 aten = torch.ops.aten
 
@@ -21,7 +25,9 @@ def make_linear(graph: fx.GraphModule) -> int:
     `x @ W.T` becomes `linear(x, W)`; `x @ W` and `addmm(b, x, W)` (GPT-2's Conv1D) become
     `linear(x, W.T, b)` with the stored matrix turned round, if nothing but such products reads
     it. The stored tensor stays a view of the old layout, so the same kernel runs on the same
-    memory and gives the same bits.
+    memory and gives the same bits. `W @ y` becomes `linear(y.T, W).T` in the form that computes
+    `W @ y`. A matrix that is computed from stored ones alone, such as a slice, counts as stored:
+    `fold_constants` computes it once.
 
     Args:
         graph: A graph of ATen operators; changed in place.
@@ -31,12 +37,21 @@ def make_linear(graph: fx.GraphModule) -> int:
     """
     replaced = 0
     turned: set[fx.Node] = set()
+    constants = constant_nodes(graph)
     for node in list(graph.graph.nodes):
+        if _is_behind(graph, node, constants):
+            _replace_behind(graph, node)
+            replaced += 1
+            continue
         operands = _operands(graph, node)
         if operands is None:
             continue
         source, factor, bias = operands
         weight = _as_linear_weight(graph, factor, turned)
+        if weight is None and _is_computed(factor, constants) and source not in constants:
+            # A clone is dense, and stored with its strides, and so with its kernel.
+            call = Inserter(graph, node)
+            weight = call(aten.t.default, call(aten.clone.default, factor))
         if weight is None:
             continue
         with graph.graph.inserting_before(node):
@@ -48,8 +63,55 @@ def make_linear(graph: fx.GraphModule) -> int:
         if factor is not weight and not factor.users:
             graph.graph.erase_node(factor)
         replaced += 1
-    graph.recompile()
+    if replaced:
+        graph.recompile()
     return replaced
+
+
+def _is_behind(graph: fx.GraphModule, node: fx.Node, constants: Collection[fx.Node]) -> bool:
+    """Whether a node is `W @ y` with a stored matrix."""
+    if node.op != "call_function" or node.kwargs or node.target not in _PRODUCTS:
+        return False
+    factor, source = node.args
+    if not isinstance(factor, fx.Node) or not isinstance(source, fx.Node) or source in constants:
+        return False
+    value = source.meta.get("val")
+    is_matrix = isinstance(value, Tensor) and value.dim() >= 2
+    return is_matrix and (_is_matrix(graph, factor) or _is_computed(factor, constants))
+
+
+def _is_computed(factor: fx.Node, constants: Collection[fx.Node]) -> bool:
+    """Whether a node computes a matrix from stored tensors alone."""
+    value = factor.meta.get("val")
+    is_matrix = isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point()
+    return is_matrix and factor.op == "call_function" and factor in constants
+
+
+def _replace_behind(graph: fx.GraphModule, node: fx.Node) -> None:
+    weight, source = node.args
+    assert isinstance(weight, fx.Node) and isinstance(source, fx.Node)
+    call = Inserter(graph, node)
+    if weight.op != "get_attr":
+        weight = call(aten.clone.default, weight)
+    rows = _untransposed(source) or call(aten.transpose.int, source, -2, -1)
+    product = call(torch.ops.fxmpq.linear.default, rows, weight, None, "behind")
+    call.replace(aten.transpose.int, product, -2, -1)
+    if not source.users:
+        graph.graph.erase_node(source)
+
+
+def _untransposed(node: fx.Node) -> fx.Node | None:
+    """What a node is the transpose of in its last two dimensions."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or node.op != "call_function":
+        return None
+    if node.target is aten.mT.default:
+        return source
+    if node.target is not aten.transpose.int:
+        return None
+    rank = node.meta["val"].dim()
+    axes = {axis % rank for axis in node.args[1:3]}
+    return source if axes == {rank - 2, rank - 1} else None
 
 
 def _operands(

@@ -32,5 +32,6 @@ def merge_weights(graph: fx.GraphModule) -> int:
             node.replace_all_uses_with(kept)
             graph.graph.erase_node(node)
             merged += 1
-    graph.recompile()
+    if merged:
+        graph.recompile()
     return merged

@@ -40,5 +40,6 @@ def restore_batch_norm(graph: fx.GraphModule) -> int:
         graph.graph.erase_node(results[0])
         graph.graph.erase_node(node)
         replaced += 1
-    graph.recompile()
+    if replaced:
+        graph.recompile()
     return replaced

@@ -76,3 +76,22 @@ def test_an_identity_model_returns_its_input() -> None:
     drop_identities(graph)
     assert operators(graph) == []
     assert torch.equal(graph(x), x)
+
+
+@pytest.mark.parametrize(
+    ("value", "stays"), [(1.0, False), (torch.ones(2, dtype=torch.float64), True)]
+)
+def test_a_copy_goes_unless_it_casts(value: float | Tensor, stays: bool) -> None:
+    class Writes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            out = torch.zeros_like(x)
+            out[:, 1] = x[:, 0] * 2 if isinstance(value, float) else value
+            return out + x
+
+    x = torch.randn(2, 3)
+    program = torch.export.export(Writes().eval(), (x,), strict=False).run_decompositions({})
+    graph = program.module(check_guards=False)
+    assert "aten.copy.default" in operators(graph)
+    drop_identities(graph)
+    assert ("aten.copy.default" in operators(graph)) is stays
+    assert torch.equal(graph(x), Writes()(x))

@@ -38,6 +38,13 @@ LAYERS = {
     "same padding": (nn.Conv2d(3, 4, 3, padding="same"), nn.BatchNorm2d(4), (2, 3, 6, 6)),
     "strided groups": (nn.Conv2d(4, 8, 3, 2, 1, groups=4), nn.BatchNorm2d(8), (2, 4, 7, 7)),
     "conv1d": (nn.Conv1d(3, 4, 3, bias=False), nn.BatchNorm1d(4), (2, 3, 9)),
+    "transposed": (nn.ConvTranspose2d(3, 4, 3, 2), nn.BatchNorm2d(4), (2, 3, 6, 6)),
+    "transposed groups": (
+        nn.ConvTranspose1d(4, 6, 3, groups=2, bias=False),
+        nn.BatchNorm1d(6),
+        (2, 4, 6),
+    ),
+    "transposed depthwise": (nn.ConvTranspose1d(4, 8, 3, groups=4), nn.BatchNorm1d(8), (2, 4, 6)),
     "conv3d": (nn.Conv3d(2, 4, 2), nn.BatchNorm3d(4), (2, 2, 4, 4, 4)),
     "linear": (nn.Linear(5, 4), nn.BatchNorm1d(4), (3, 5)),
     "linear without bias": (nn.Linear(5, 4, bias=False), nn.BatchNorm1d(4), (3, 5)),

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
 from transformers import GPT2Config, GPT2Model
 from transformers.pytorch_utils import Conv1D
 
+from fxmpq.graph.layers import find_layers
 from fxmpq.graph.passes.make_linear import make_linear
 from fxmpq.graph.trace import trace
 
@@ -63,6 +66,67 @@ def test_the_weight_keeps_its_name_and_is_out_by_in(form: str) -> None:
     graph = trace(Product(form).eval(), batch())
     assert graph.weight.shape == (5, 6)
     assert isinstance(graph.weight, nn.Parameter)
+
+
+class Function(nn.Module):
+    """A product that a function of the activation and a matrix makes."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(6, 6, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight)
+
+
+BEHIND: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "transposed": lambda x, w: w @ x.transpose(1, 2),
+    "mT": lambda x, w: w @ x.mT,
+    "as it is": lambda x, w: w @ x.reshape(-1, 6, 3),
+    "two dimensions": lambda x, w: torch.mm(w, x.flatten(0, 1).T),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_a_weight_in_front_gives_a_linear_layer_with_its_bits(name: str) -> None:
+    model = Function(BEHIND[name]).eval()
+    graph = trace(model, batch())
+    assert targets(graph).count(torch.ops.fxmpq.linear.default) == 1
+    assert not {aten.mm.default, aten.matmul.default} & set(targets(graph))
+    assert torch.equal(graph.weight, model.weight)
+    for samples in (2, 5):
+        assert torch.equal(graph(batch(samples)), model(batch(samples)))
+
+
+COMPUTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "columns": lambda x, w: x @ w[:, 1:4],
+    "rows": lambda x, w: x[..., :4] @ w[2:],
+    "chunks": lambda x, w: x @ w.chunk(2, 1)[1],
+    "scaled": lambda x, w: x @ (w / w.norm()),
+    "low rank": lambda x, w: x @ (w[:, :2] @ w[:2]),
+    "slice in front": lambda x, w: w[:3] @ x.mT,
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_matrix_that_is_computed_of_stored_ones_is_stored(name: str) -> None:
+    model = Function(COMPUTED[name]).eval()
+    graph = trace(model, batch())
+    [layer] = find_layers(graph).layers
+    assert layer.kind == "linear"
+    assert find_layers(graph).left_float == ()
+    for samples in (2, 5):
+        assert torch.equal(graph(batch(samples)), model(batch(samples)))
+
+
+def test_a_matrix_on_both_sides_is_a_layer_once() -> None:
+    model = Function(lambda x, w: (w @ x.mT).mT @ w).eval()
+    graph = trace(model, batch())
+    assert len(find_layers(graph).layers) == 1
+    assert aten.matmul.default in targets(graph)
+    assert torch.equal(graph(batch()), model(batch()))
 
 
 def test_the_model_is_left_alone() -> None:

@@ -1,0 +1,50 @@
+"""What a target's rules found in a graph: fusions, joins, and why some did not fire."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Operators that a target runs as one: what is between them is never stored.
+
+    Args:
+        name: The rule, as `conv-add-relu`.
+        nodes: Names of the nodes, in order.
+        layer: The layer it begins with; empty where it begins with another operator.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    layer: str = ""
+
+
+@dataclass(frozen=True)
+class Join:
+    """Two layers that must share a precision.
+
+    Args:
+        rule: The rule that joins them, a key of `JOINS`, or `tied` where the user does.
+        layer: The later layer.
+        other: The earlier one.
+    """
+
+    rule: str
+    layer: str
+    other: str
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A rule that did not fire.
+
+    Args:
+        rule: Name of the fusion, or a key of `JOINS`.
+        place: The layer or operator it would have begun with.
+        reason: Why not, for people.
+    """
+
+    rule: str
+    place: str
+    reason: str
