@@ -7,12 +7,13 @@ The steps, in the order they are walked: `trace`, `prepare`, `calibrate`, `measu
 from __future__ import annotations
 
 from fxmpq.calibration.calibrate import calibrate
-from fxmpq.costs.cost import cost
+from fxmpq.costs.brought import read_costs, write_costs
 from fxmpq.costs.table import CostTable
 from fxmpq.errors import FxmpqError, InfeasibleBudgetError
 from fxmpq.formats import NumberFormat, Precision
 from fxmpq.graph.trace import trace
-from fxmpq.pipeline import Quantized, quantize
+from fxmpq.pipeline import quantize
+from fxmpq.quantized import Quantized
 from fxmpq.refinement.methods import METHODS as REFINEMENTS
 from fxmpq.refinement.methods import RECIPES
 from fxmpq.refinement.refine import refine
@@ -24,7 +25,7 @@ from fxmpq.solver.pareto import pareto
 from fxmpq.solver.plan import Plan
 from fxmpq.solver.programs import PROGRAMS
 from fxmpq.solver.solve import solve
-from fxmpq.steps import apply, prepare
+from fxmpq.steps import apply, cost, prepare
 from fxmpq.storage.load import load
 from fxmpq.storage.save import save
 from fxmpq.targets.convert import convert
@@ -62,8 +63,10 @@ __all__ = [
     "pareto",
     "prepare",
     "quantize",
+    "read_costs",
     "refine",
     "save",
     "solve",
     "trace",
+    "write_costs",
 ]

@@ -60,7 +60,9 @@ def run(
     budget: Annotated[
         str | None, typer.Option(help="As weights=15% or weights=1.5MB,bops=10%.")
     ] = None,
-    target: Annotated[str | None, typer.Option(help="As onnxruntime or reference.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="As onnxruntime, or a TOML file that describes one.")
+    ] = None,
 ) -> None:
     """Run a recipe: quantize, convert and measure a model, and write a report."""
     # Arrows point from recipes to fxmpq. The command line is the one exception, since its

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -13,95 +12,32 @@ from torch import fx, nn
 
 from fxmpq.calibration.calibrate import calibrate
 from fxmpq.calibration.options import read_ranges, read_weight_scales
-from fxmpq.costs.cost import cost
-from fxmpq.costs.table import CostTable
 from fxmpq.errors import FxmpqError
 from fxmpq.formats import Precision
 from fxmpq.graph.batches import Batch, graph_device, materialize
-from fxmpq.graph.state import state_of
+from fxmpq.graph.patterns import Ties, read_ties
 from fxmpq.graph.trace import trace
+from fxmpq.quantized import Quantized, finish_plan
 from fxmpq.quantizers.rule import RuleText
 from fxmpq.refinement.refine import check_refinement
 from fxmpq.refinement.refine import refine as refine_graph
 from fxmpq.sensitivity.measure import check_method, measure, reads_labels
 from fxmpq.sensitivity.scores import find_score, is_metric
-from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.sensitivity.signal import check_base
 from fxmpq.solver.budget import Budget
-from fxmpq.solver.plan import Plan
 from fxmpq.solver.programs import check_program, program_of
 from fxmpq.solver.solve import solve
-from fxmpq.steps import apply, prepare
-from fxmpq.targets.convert import convert
+from fxmpq.steps import apply, cost, prepare
 from fxmpq.targets.registry import get_target
-from fxmpq.targets.target import Converted, Target
+from fxmpq.targets.target import Target
 from fxmpq.training.loss import LossFunction, check_loss, loss_value, on_device
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """Everything that `quantize` found on its way.
-
-    Args:
-        graph: Simulates the plan, refined where that was asked for; called like the model.
-        calibrated: The same graph with every candidate at hand and all quantizers off.
-        plan: What was chosen.
-        sensitivity: How much each choice hurts.
-        costs: What each choice costs.
-        seconds: Wall time per step: `trace`, `calibrate`, `measure`, `solve`, and `refine`
-            where that was asked for.
-        refinement: The recipe or method of refinement that `graph` went through; `None` for none.
-        calibration: The batches it was refined on; none without refinement.
-    """
-
-    graph: fx.GraphModule
-    calibrated: fx.GraphModule
-    plan: Plan
-    sensitivity: Sensitivity
-    costs: CostTable
-    seconds: Mapping[str, float]
-    refinement: str | None = None
-    calibration: Sequence[Batch] = field(default=(), repr=False)
-
-    def convert(self, output: str | Path | None = None) -> Converted:
-        """Convert for the plan's target; see `fxmpq.convert`."""
-        return convert(self.graph, output=output)
-
-    def solve(
-        self, budget: str | Mapping[str, object] | Budget, *, program: str | None = None
-    ) -> Quantized:
-        """Plan again, for another budget or by another program, from the same measurements.
-
-        The new plan's graph is refined if this one's was, by the same method on the same batches,
-        which takes its time again; `fxmpq.solve(result.sensitivity, result.costs, budget)` gives
-        a plan alone.
-        """
-        plan = solve(self.sensitivity, self.costs, budget, program=program)
-        plan = finish_plan(self.calibrated, plan)
-        return replace(self, plan=plan, graph=self.simulate(plan))
-
-    def simulate(self, plan: Plan | Mapping[str, str], *, progress: bool = False) -> fx.GraphModule:
-        """The graph of any plan for this model, refined if this one's is, in the same way.
-
-        Args:
-            plan: From `solve`, or precision names per group.
-            progress: Whether to show progress bars.
-
-        Returns:
-            What `graph` would be with this plan.
-        """
-        if self.refinement is None:
-            return apply(self.calibrated, plan)
-        return refine_graph(
-            self.calibrated, plan, self.calibration, method=self.refinement, progress=progress
-        )
 
 
 def quantize(
     model: nn.Module,
     calibration: Iterable[Batch],
     *,
-    target: str | Target,
+    target: str | Path | Target,
     budget: str | Mapping[str, object] | Budget,
     candidates: Sequence[str | Precision] | None = None,
     method: str = "projected",
@@ -109,6 +45,8 @@ def quantize(
     labelled: Iterable[object] | None = None,
     keep: Mapping[str, str | Precision] | None = None,
     exclude: Sequence[str] = (),
+    ties: Ties = (),
+    products: bool = False,
     ranges: RuleText = "mse",
     weight_scales: RuleText = "mse",
     bias_correction: bool = True,
@@ -127,7 +65,8 @@ def quantize(
         model: Any module that `torch.export` takes.
         calibration: Batches of what the model takes: tensors, tuples of arguments, or
             mappings of keyword arguments; a few dozen samples, no labels.
-        target: A target's name, as `reference` or `onnxruntime`.
+        target: A target's name, as `reference` or `onnxruntime`, or a TOML file that describes
+            one, as `npu.toml`.
         budget: As `"weights=15%"`, `"weights=1.5MB,bops=10%"`, `"avg_weight_bits=4.5"`.
         candidates: Precisions to choose from, as `["w2a8", "w4a8", "w8a8"]`.
         method: Sensitivity method, a key of `METHODS`; the guide says which to choose.
@@ -136,13 +75,14 @@ def quantize(
             calibration batches if `None`.
         keep: Layers that must have a precision, as `{"classifier": "w8a8"}`.
         exclude: Layers that stay float, even where `keep` matches too.
+        ties: Layers that share a precision: each entry a pattern on their names, or several.
+        products: Whether products of two activations, as in attention, are quantized too.
         ranges: Rule of the activation ranges, a key of `RANGES` or a mapping with its options,
             as `{"rule": "percentile", "percentile": 99.9}`; see `calibrate`.
         weight_scales: Rule of the weight scales, a key of `WEIGHT_SCALES`, in the same form.
         bias_correction: Whether quantized layers get corrected biases.
         refine: How to refine the plan's graph on the calibration batches: a recipe of `RECIPES`,
-            as `light` or `advanced`, or one method of `REFINEMENTS`; `None` leaves it as it was
-            calibrated.
+            as `light`, or one method of `REFINEMENTS`; `None` leaves it as it was calibrated.
         progress: Whether to show progress bars.
         resume: A journal file of the measurement, which an interrupted run goes on from;
             finished layers of a refinement are kept in a folder beside it, `<name>.refine`.
@@ -163,7 +103,7 @@ def quantize(
         >>> result.plan.relative["weights"] <= 0.25
         True
     """
-    found_target = get_target(target)
+    found_target, ties = get_target(target), read_ties(ties)
     wanted_budget = Budget.parse(budget)
     ranges, weight_scales = read_ranges(ranges), read_weight_scales(weight_scales)
     check_method(method, options)
@@ -184,8 +124,16 @@ def quantize(
     graph = trace(model, batches[0])
     if reads_labels(method, options):
         _try_loss(graph, measured[0], options, is_labelled=labelled is not None)
-    prepared = prepare(graph, found_target, candidates=candidates, keep=keep, exclude=exclude)
-    costs = cost(prepared)
+    prepared = prepare(
+        graph,
+        found_target,
+        candidates=candidates,
+        keep=keep,
+        exclude=exclude,
+        ties=ties,
+        products=products,
+    )
+    costs = cost(prepared, found_target)
     wanted_budget.check_feasible(costs)
     lap("trace")
     calibrated = calibrate(
@@ -210,13 +158,21 @@ def quantize(
     lap("solve")
     if refine is None:
         simulated = apply(calibrated, plan)
-        return Quantized(simulated, calibrated, plan, sensitivity, costs, seconds)
+        return Quantized(simulated, calibrated, plan, sensitivity, costs, found_target, seconds)
     simulated = refine_graph(
         calibrated, plan, batches, method=refine, progress=progress, resume=refine_folder(resume)
     )
     lap("refine")
     return Quantized(
-        simulated, calibrated, plan, sensitivity, costs, seconds, refine, tuple(batches)
+        simulated,
+        calibrated,
+        plan,
+        sensitivity,
+        costs,
+        found_target,
+        seconds,
+        refine,
+        tuple(batches),
     )
 
 
@@ -277,20 +233,3 @@ def _try_loss(
             "labelled=, batches as the loss takes them"
         ) from error
     check_base(found)
-
-
-def finish_plan(graph: fx.GraphModule, plan: Plan) -> Plan:
-    """Write the target and each layer's own precision into a plan, for people to read.
-
-    Args:
-        graph: The graph it was made for.
-        plan: From `solve`.
-
-    Returns:
-        The plan with `target` and `layers` filled in.
-    """
-    state = state_of(graph)
-    layers = {
-        layer.name: plan.choices[group.name] for group in state.groups for layer in group.layers
-    }
-    return replace(plan, target=state.target, layers=layers)

@@ -3,48 +3,104 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from torch import fx
 
+from fxmpq.costs.cost import count
+from fxmpq.costs.table import CostTable
+from fxmpq.errors import TargetError
 from fxmpq.formats import Precision
+from fxmpq.graph.patterns import Ties
 from fxmpq.graph.prepare import insert_quantizers
-from fxmpq.graph.state import require
+from fxmpq.graph.state import require, require_groups
 from fxmpq.graph.switch import with_choices
 from fxmpq.solver.plan import Plan, choices_of
-from fxmpq.targets.registry import get_target
+from fxmpq.targets.registry import TARGETS, get_target
 from fxmpq.targets.target import Target
 
 
 def prepare(
     graph: fx.GraphModule,
-    target: str | Target,
+    target: str | Path | Target,
     *,
     candidates: Sequence[str | Precision] | None = None,
     keep: Mapping[str, str | Precision] | None = None,
     exclude: Sequence[str] = (),
+    ties: Ties = (),
+    products: bool = False,
 ) -> fx.GraphModule:
     """Group a graph's layers by a target's fusion rules and insert quantizers, all off.
 
     Args:
         graph: From `trace`; copied, not changed.
-        target: A target's name, as `reference` or `onnxruntime`.
+        target: A target's name, as `reference` or `onnxruntime`, or a TOML file that describes
+            one, as `npu.toml`.
         candidates: Precisions to choose from, as `["w4a8", "w8a8"]`; the target's own if
             `None`.
         keep: fnmatch pattern on layer names to a precision, as `{"classifier": "w8a8"}`.
         exclude: fnmatch patterns of layers that stay float, even where `keep` matches too.
+        ties: Each entry an fnmatch pattern, or several, whose layers share a precision, as
+            `["encoder.layer.0.*", ("stem", "head")]`. To tie groups for one plan only, give
+            `ties` to `solve`.
+        products: Whether to quantize products of two activations too, those of attention
+            included: both operands at the activation half of a candidate, a precision like `a8`.
+            Fused attention is then taken apart into product, scale, mask, softmax and product,
+            unless `keep` or `exclude` leaves both products in float.
 
     Returns:
-        The prepared graph, which computes exactly what `graph` does.
+        The prepared graph, which computes exactly what `graph` does; where attention was taken
+        apart it agrees to rounding.
 
     Raises:
         TargetError: If the target is unknown or its packages are missing.
-        PrecisionError: If the target cannot run a precision.
-        PatternError: If a pattern matches no layer, with the closest names.
+        PrecisionError: If the target cannot run a precision, or layers that must share one have
+            none in common.
+        PatternError: If a pattern matches no layer, with the closest names, or a tie one only.
     """
     found = get_target(target)
     wanted = None if candidates is None else [Precision.parse(entry) for entry in candidates]
     pins = {pattern: Precision.parse(entry) for pattern, entry in (keep or {}).items()}
-    return insert_quantizers(graph, found.rules, candidates=wanted, keep=pins, exclude=exclude)
+    return insert_quantizers(
+        graph,
+        found.rules,
+        candidates=wanted,
+        keep=pins,
+        exclude=exclude,
+        ties=ties,
+        products=products,
+    )
+
+
+def cost(graph: fx.GraphModule, target: str | Path | Target | None = None) -> CostTable:
+    """Count what each group costs at each of its candidates.
+
+    Metrics: `weights` (bytes, scales included), `weight_bits` (bits of the codes alone),
+    `bops` (bit operations for one sample), `macs` (for one sample), all exact integers; and those
+    that a target file has figures for, as `cycles`, for one sample. Matrix products that stay
+    float, such as fused attention, enter all but the first two as a fixed part. Sample sizes are
+    those of the batch the model was traced with.
+
+    Args:
+        graph: From `prepare` or later.
+        target: The target it was prepared for, whose own metrics are counted too; by default the
+            one of the name that the graph remembers.
+
+    Returns:
+        The table, with the float model's totals as denominators for relative budgets.
+
+    Raises:
+        TargetError: If the target is another one.
+        FxmpqError: If the graph has no groups, or a metric no figure for a candidate.
+    """
+    state = require_groups(graph, stage="prepared")
+    found = get_target(target) if target is not None else TARGETS.get(str(state.target))
+    if found is not None and found.name != state.target:
+        raise TargetError(
+            f"asked for the costs on {found.name!r}, but the graph was prepared for "
+            f"{state.target!r}; prepare it for {found.name!r}"
+        )
+    return count(graph, {} if found is None else found.metrics)
 
 
 def apply(graph: fx.GraphModule, plan: Plan | Mapping[str, str]) -> fx.GraphModule:

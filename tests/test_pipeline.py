@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,15 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import fxmpq
 from fxmpq.errors import BudgetError, CalibrationError, FxmpqError, InfeasibleBudgetError
+from fxmpq.graph.rules import TargetRules
 from fxmpq.graph.state import state_of
-from fxmpq.pipeline import finish_plan, quantize, refine_folder
-from fxmpq.quantizers.modules import WeightQuantizer
+from fxmpq.pipeline import quantize, refine_folder
+from fxmpq.quantizers.modules import ActivationQuantizer, WeightQuantizer
+from fxmpq.quantizers.ranges import ActivationRange
 from fxmpq.refinement.methods import METHODS as REFINEMENTS
 from fxmpq.refinement.methods import Method
 from fxmpq.refinement.units import Units
+from fxmpq.targets.registry import get_target
 
 CANDIDATES = ["w2a8", "w4a8", "w8a8"]
 
@@ -61,19 +65,6 @@ def test_is_reproducible(conv_net: nn.Module, images: list[Tensor]) -> None:
     assert torch.equal(one.graph(images[0]), two.graph(images[0]))
 
 
-def test_plans_again_without_measuring(conv_net: nn.Module, images: list[Tensor]) -> None:
-    wide = quantize(
-        conv_net, images, target="reference", budget="weights=30%", candidates=CANDIDATES
-    )
-    narrow = wide.solve("weights=12%")
-    assert narrow.sensitivity is wide.sensitivity
-    assert narrow.plan.costs["weights"] < wide.plan.costs["weights"]
-    assert narrow.plan.loss is not None
-    assert wide.plan.loss is not None
-    assert narrow.plan.loss >= wide.plan.loss
-    assert narrow.plan.layers.keys() == wide.plan.layers.keys()
-
-
 def test_transformers_models_as_they_are(
     bert: nn.Module, token_batches: list[dict[str, Tensor]], resnet: nn.Module, resnet_batches: list
 ) -> None:
@@ -102,6 +93,7 @@ def test_transformers_models_as_they_are(
             "'onnxruntime' cannot run w4b32a8.*scales per channel",
         ),
         ({"target": "onnxruntime", "candidates": ["we4m3ae4m3"]}, FxmpqError, "cannot run we4m3"),
+        ({"ties": [("fc", "conv[0-9]", "fcc")]}, FxmpqError, "no layer matches 'fcc'"),
         ({"calibration": []}, CalibrationError, "empty"),
         ({"refine": "lihgt"}, FxmpqError, "no refinement 'lihgt'"),
     ],
@@ -121,14 +113,6 @@ def test_unusable_requests_fail_before_calibration(
     request = {"calibration": images, "target": "reference", "budget": "weights=20%", **options}
     with pytest.raises(error, match=message):
         quantize(conv_net, request.pop("calibration"), **request)
-
-
-def test_finish_plan_names_target_and_layers(conv_net: nn.Module, images: list[Tensor]) -> None:
-    prepared = fxmpq.prepare(fxmpq.trace(conv_net, images[0]), "reference")
-    choices = fxmpq.cost(prepared).uniform("w4a8")
-    plan = finish_plan(prepared, fxmpq.Plan(choices))
-    assert plan.target == "reference"
-    assert plan.layers == dict.fromkeys(["stem.0", "conv1", "downsample.0", "conv2", "fc"], "w4a8")
 
 
 def broken(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -309,3 +293,40 @@ def test_unknown_rules_are_found_before_the_model_is_traced(
 class Untraced(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         raise AssertionError("it was traced")
+
+
+def test_tied_layers_get_one_precision(conv_net: nn.Module, images: list[Tensor]) -> None:
+    request = {"target": "onnxruntime", "budget": "weights=14%", "progress": False}
+    free = quantize(conv_net, images, **request).plan  # type: ignore[arg-type]
+    tied = quantize(conv_net, images, ties=["*conv*"], **request).plan  # type: ignore[arg-type]
+    assert len(set(free.layers.values())) > 1
+    assert tied.layers["conv1"] == tied.layers["conv2"] == tied.layers["downsample.0"]
+    assert "conv2" not in tied.choices
+
+
+def test_a_shape_that_is_no_tie_is_found_before_the_model_is_traced(
+    conv_net: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*args: object) -> None:
+        raise AssertionError("the model was traced")
+
+    monkeypatch.setattr("fxmpq.pipeline.trace", started)
+    with pytest.raises(FxmpqError, match=r"ties is a list of ties, as \['\*'\]"):
+        quantize(conv_net, images, target="reference", budget="weights=20%", ties="*")
+
+
+def test_a_target_of_ones_own_walks_the_whole_way(
+    conv_net: nn.Module, images: list[Tensor], chip_rules: TargetRules
+) -> None:
+    chip = replace(get_target("reference"), rules=chip_rules)
+    result = quantize(conv_net, images, target=chip, budget="weights=20%", progress=False)
+    state = state_of(result.graph)
+    assert set(result.plan.choices) == {"stem.0", "conv1", "fc"}
+    ((one, other),) = state.shared_ranges
+    assert ranges_of(result.graph, one) == ranges_of(result.graph, other)
+
+
+def ranges_of(graph: fx.GraphModule, name: str) -> dict[str, ActivationRange]:
+    quantizer = graph.get_submodule(name)
+    assert isinstance(quantizer, ActivationQuantizer)
+    return quantizer.ranges

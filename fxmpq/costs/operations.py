@@ -12,22 +12,23 @@ def macs(group: Group, precision: Precision) -> int:
     """Multiply-accumulates of a group for one sample; they do not depend on the precision.
 
     Args:
-        group: Its layers count.
+        group: Its layers and products count.
         precision: Any.
 
     Returns:
         Exact count.
     """
-    return sum(layer.macs for layer in group.layers)
+    return sum(member.macs for member in group.members)
 
 
 def bops(group: Group, precision: Precision) -> int:
     """Bit operations of a group for one sample: `sum MAC * b_w * b_a`.
 
-    A small float counts all its bits, as an integer does; fp32 counts 32.
+    Both operands of a product of two activations are activations: `MAC * b_a * b_a`. A small
+    float counts all its bits, as an integer does; fp32 counts 32.
 
     Args:
-        group: Its layers count.
+        group: Its layers and products count.
         precision: Of the group.
 
     Returns:
@@ -35,7 +36,10 @@ def bops(group: Group, precision: Precision) -> int:
     """
     weight_width = precision.weight_bits or FLOAT_BITS
     activation_width = precision.activation_bits or FLOAT_BITS
-    return macs(group, precision) * weight_width * activation_width
+    weighted = sum(layer.macs for layer in group.layers) * weight_width
+    return (
+        weighted + sum(product.macs for product in group.products) * activation_width
+    ) * activation_width
 
 
 def float_bops(multiply_accumulates: int) -> int:

@@ -206,5 +206,10 @@ def _nearest(wanted: Precision, names: tuple[str, ...]) -> str:
     for exact in (wanted, wanted.weight_only):
         if str(exact) in names:
             return str(exact)
-    bits = wanted.weight_bits or 32
-    return min(names, key=lambda name: abs((Precision.parse(name).weight_bits or 32) - bits))
+    widths = wanted.sort_key[:2]
+
+    def distance(name: str) -> tuple[int, int]:
+        found = Precision.parse(name).sort_key[:2]
+        return abs(found[0] - widths[0]), abs(found[1] - widths[1])
+
+    return min(names, key=distance)

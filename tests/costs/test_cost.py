@@ -5,7 +5,7 @@ import torch
 from torch import fx
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from fxmpq.costs.cost import COSTS, cost
+from fxmpq.costs.cost import COSTS, count
 from fxmpq.errors import FxmpqError
 from fxmpq.formats import Precision
 from fxmpq.graph.prepare import insert_quantizers
@@ -33,7 +33,7 @@ def test_published_totals(
         model = ResNetForImageClassification(config)
     model = model.to_empty(device="cpu").eval()
     graph = trace(model, {"pixel_values": torch.zeros(1, 3, 224, 224)})
-    table = cost(insert_quantizers(graph, REFERENCE.rules, candidates=[Precision(8, 8)]))
+    table = count(insert_quantizers(graph, REFERENCE.rules, candidates=[Precision(8, 8)]))
     assert table.float_total == {
         "weights": 4 * weights,
         "weight_bits": 32 * weights,
@@ -48,7 +48,7 @@ def test_published_totals(
 def test_every_group_and_candidate_is_costed_by_every_rule(conv_graph: fx.GraphModule) -> None:
     prepared = insert_quantizers(conv_graph, REFERENCE.rules)
     state = require(prepared, stage="prepared")
-    table = cost(prepared)
+    table = count(prepared)
     assert table.metrics == tuple(COSTS)
     assert table.fingerprint == state.fingerprint
     for metric, rule in COSTS.items():
@@ -60,7 +60,7 @@ def test_every_group_and_candidate_is_costed_by_every_rule(conv_graph: fx.GraphM
 
 
 def test_attention_is_a_fixed_part_of_the_operations(bert_graph: fx.GraphModule) -> None:
-    table = cost(insert_quantizers(bert_graph, ONNXRUNTIME.rules))
+    table = count(insert_quantizers(bert_graph, ONNXRUNTIME.rules))
     attention = 2 * (2 * 8 * 8 * 16)
     assert table.fixed == {
         "weights": 0,
@@ -73,7 +73,7 @@ def test_attention_is_a_fixed_part_of_the_operations(bert_graph: fx.GraphModule)
 
 
 def test_excluded_layers_cost_what_float_costs(conv_graph: fx.GraphModule) -> None:
-    table = cost(insert_quantizers(conv_graph, REFERENCE.rules, exclude=["*"]))
+    table = count(insert_quantizers(conv_graph, REFERENCE.rules, exclude=["*"]))
     for metric in table.metrics:
         assert table.smallest(metric) == table.float_total[metric] == table.largest(metric)
 
@@ -82,11 +82,11 @@ def test_the_costs_do_not_depend_on_the_traced_batch(
     conv_net: torch.nn.Module, conv_graph: fx.GraphModule
 ) -> None:
     other = trace(conv_net, torch.zeros(1, 3, 16, 16))
-    tables = [cost(insert_quantizers(g, REFERENCE.rules)) for g in (conv_graph, other)]
+    tables = [count(insert_quantizers(g, REFERENCE.rules)) for g in (conv_graph, other)]
     assert tables[0].costs == tables[1].costs
     assert tables[0].float_total == tables[1].float_total
 
 
 def test_an_unprepared_graph_is_an_error(conv_graph: fx.GraphModule) -> None:
     with pytest.raises(FxmpqError, match="fxmpq.prepare"):
-        cost(conv_graph)
+        count(conv_graph)

@@ -205,3 +205,12 @@ def test_a_file_without_costs_is_refused(tmp_path: Path) -> None:
     path.write_text('{"schema": "fxmpq.costs", "version": 1}')
     with pytest.raises(FileFormatError, match=r"missing fields \['costs'\]"):
         CostTable.from_json(path)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [("w8a8", "a8"), ("w4a4", "a4"), ("w2a5", "a4"), ("w8a16", "a8"), ("w4", "fp32")],
+)
+def test_a_uniform_plan_takes_the_nearest_activations_of_products(wanted: str, found: str) -> None:
+    table = CostTable({"bops": {"fc": {wanted: 1}, "scores": {"a4": 1, "a8": 4, "fp32": 9}}})
+    assert table.uniform(wanted) == {"fc": wanted, "scores": found}

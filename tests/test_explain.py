@@ -6,7 +6,7 @@ import pytest
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from fxmpq.errors import FxmpqError
-from fxmpq.recipes.explain import explain
+from fxmpq.explain import explain
 
 
 def refuse_odd(value: int) -> int:

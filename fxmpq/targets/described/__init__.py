@@ -1,0 +1,1 @@
+"""Targets of one's own, described in a TOML file."""

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+import fxmpq
+from fxmpq.errors import PrecisionError, TargetError
+from fxmpq.formats import Precision
+from fxmpq.graph.state import require
+from fxmpq.targets.described.read import read_target
+from fxmpq.targets.registry import TARGETS
+from fxmpq.targets.target import Target
+
+EXAMPLES = Path(__file__).parents[3] / "docs" / "examples"
+SMALLEST = """
+name = "npu"
+description = "an example"
+default_candidates = ["w8a8"]
+operators.conv = {weights = [4, 8], activations = [8]}
+operators.linear = {weights = [8], activations = [8]}
+"""
+
+
+def read(tmp_path: Path, text: str) -> Target:
+    file = tmp_path / "npu.toml"
+    file.write_text(text)
+    return read_target(file, TARGETS)
+
+
+def test_what_is_left_out_is_as_in_the_target_below(tmp_path: Path) -> None:
+    base = TARGETS["onnxruntime"]
+    found = read(tmp_path, SMALLEST + 'based_on = "onnxruntime"\n')
+    assert found.convert is base.convert
+    assert found.packages == base.packages
+    assert (found.rules.fusions, found.rules.through) == (base.rules.fusions, base.rules.through)
+    assert found.rules.quantize_outputs_of == base.rules.quantize_outputs_of
+    assert set(found.rules.operators) == {"conv", "linear"}
+    assert found.rules.default_candidates == (Precision(8, 8),)
+
+
+def test_what_is_said_holds(tmp_path: Path) -> None:
+    text = """
+    fusions = [["conv", "relu"]]
+    joins = ["shared_weight", "shared_input", "added"]
+    quantize_outputs_of = ["conv", "add"]
+    shared_ranges = ["add"]
+    through = ["max_pool2d"]
+    """
+    rules = read(tmp_path, SMALLEST + text).rules
+    assert rules.fusions == (("conv", "relu"),)
+    assert rules.joins == ("shared_weight", "shared_input", "added")
+    assert rules.quantize_outputs_of == {"conv", "add"}
+    assert rules.shared_ranges == {"add"}
+    assert torch.ops.aten.max_pool2d.default in rules.through
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name = ", "is no TOML"),
+        (SMALLEST + "fusion = []", "fusion: there is no such key; closest: 'fusions'"),
+        (SMALLEST + "joins = ['adds']", "joins by 'adds'; there are 'added'"),
+        (SMALLEST + "fusions = [['conv', 'rleu']]", "fuses 'rleu', which is neither"),
+        (SMALLEST + "through = ['max_pol2d']", "through names 'max_pol2d'"),
+        (SMALLEST + "based_on = 'onnx'", "the targets to base one on are reference"),
+        (SMALLEST.replace("npu", "reference"), "'reference' is taken"),
+        (SMALLEST.replace("conv", "convolution"), "no kind of operator 'convolution'"),
+        (SMALLEST.replace("[4, 8]", "[4, 80]"), "operators.conv.weights"),
+        (SMALLEST.replace("weights = [4, 8], ", ""), "operators.conv has neither weights nor"),
+        (SMALLEST.replace('"w8a8"', '"w8x8"'), "cannot read the precision 'w8x8'"),
+        (SMALLEST.replace('"w8a8"', '"w2a8"'), "cannot run w2a8"),
+        (SMALLEST + "metrics.cycles.per_mac = {w8a8 = -1}", "metrics.cycles.per_mac.w8a8"),
+        (SMALLEST + "metrics.cycles.per_layer = inf", "metrics.cycles.per_layer"),
+        (SMALLEST + "metrics.cycles.macs_per_unit = {w8a8 = 0}", "macs_per_unit.w8a8"),
+        (SMALLEST + "metrics.cycles.per_mac = {w4a8 = 1}", "no figure for conv at w8a8"),
+        (SMALLEST + "metrics.bops.per_mac = {w8a8 = 1}", "'bops' is a metric of every target"),
+        (
+            SMALLEST + "metrics.c = {per_mac = {w8a8 = 1}, macs_per_unit = {w8a8 = 1}}",
+            "w8a8 has a figure in per_mac and one in macs_per_unit",
+        ),
+        (
+            SMALLEST.replace("[4, 8]", "[3, 8]") + "based_on = 'onnxruntime'",
+            "based on 'onnxruntime', which runs weights",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(TargetError, match=r"npu\.toml") as caught:
+        read(tmp_path, text)
+    assert message in str(caught.value)
+
+
+def test_a_kind_that_the_target_below_lacks_is_named(tmp_path: Path) -> None:
+    base = TARGETS["onnxruntime"]
+    rest = {kind: rule for kind, rule in base.rules.operators.items() if kind != "conv_transpose"}
+    known = {"small": replace(base, rules=replace(base.rules, operators=rest))}
+    file = tmp_path / "npu.toml"
+    file.write_text(SMALLEST + "based_on = 'small'\noperators.conv_transpose = {weights = [8]}")
+    with pytest.raises(TargetError, match="has no quantized conv_transpose; it has conv, linear"):
+        read_target(file, known)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"cannot read .*npu\.toml: No such file"):
+        read_target(tmp_path / "npu.toml", TARGETS)
+
+
+@pytest.mark.parametrize("name", ["npu", "microcontroller"])
+def test_the_examples_walk_all_the_way(
+    conv_net: torch.nn.Module, images: list[Tensor], name: str, tmp_path: Path
+) -> None:
+    file = EXAMPLES / f"{name}.toml"
+    result = fxmpq.quantize(
+        conv_net, images, target=file, budget="cycles=30%,weights=30%", progress=False
+    )
+    assert result.plan.relative["cycles"] <= 0.3
+    converted = result.convert(tmp_path)
+    assert (converted.target, converted.sqnr_db) == (name, float("inf"))
+    again = fxmpq.convert(result.graph, str(file))
+    assert torch.equal(*[found.run(images[0])[0] for found in (converted, again)])
+    with pytest.raises(TargetError, match=rf"a file describes; .*'{name}.toml'\)"):
+        fxmpq.convert(result.graph)
+
+
+def test_costs_are_those_of_the_file(conv_graph: fx.GraphModule, tmp_path: Path) -> None:
+    text = (
+        SMALLEST
+        + """
+    [metrics.energy]
+    per_model = 7
+    per_layer = 5
+    per_weight_byte = 2
+    per_mac = {w8a8 = 0.5, w4a8 = 0.25, fp32 = 3}
+    operators.linear = {per_mac = {w8a8 = 0.125}, per_layer = 4}
+    """
+    )
+    target = read(tmp_path, text)
+    graph = fxmpq.prepare(conv_graph, target, candidates=["w4a8", "w8a8"])
+    table = fxmpq.cost(graph, target)
+    macs = {"conv": 0.0, "linear": 0.0}
+    layers = [layer for group in require(graph, stage="prepared").groups for layer in group.layers]
+    for layer in layers:
+        macs[layer.kind] += layer.macs
+    uniform = table.uniform("w8a8")
+    size = {"conv": 0.0, "linear": 0.0}
+    for group in require(graph, stage="prepared").groups:
+        size[group.layers[0].kind] += table.cost("weights", group.name, "w8a8")
+    expected = 7 + sum(5 if layer.kind == "conv" else 4 for layer in layers)
+    expected += 0.5 * macs["conv"] + 0.125 * macs["linear"] + 2 * sum(size.values())
+    assert table.total("energy", uniform) == pytest.approx(expected)
+    assert "energy" in table.float_total
+    assert "energy" not in fxmpq.cost(graph).metrics
+
+
+def test_a_candidate_without_a_figure_is_refused(
+    conv_graph: fx.GraphModule, tmp_path: Path
+) -> None:
+    target = read(tmp_path, SMALLEST + "metrics.cycles.per_mac = {w8a8 = 1}")
+    graph = fxmpq.prepare(conv_graph, target, candidates=["w4a8", "w8a8"])
+    with pytest.raises(fxmpq.FxmpqError, match="may run at w4a8, for which 'cycles' has no"):
+        fxmpq.cost(graph, target)
+    with pytest.raises(TargetError, match="prepared for 'npu'; prepare it for 'reference'"):
+        fxmpq.cost(graph, "reference")
+
+
+def test_precisions_that_the_hardware_lacks_are_refused(
+    conv_graph: fx.GraphModule, tmp_path: Path
+) -> None:
+    with pytest.raises(PrecisionError, match="target 'npu' cannot run w2a8"):
+        fxmpq.prepare(conv_graph, read(tmp_path, SMALLEST), candidates=["w2a8"])
+
+
+def test_a_described_target_may_quantize_products(
+    tmp_path: Path, bert_graph: fx.GraphModule
+) -> None:
+    found = read(tmp_path, SMALLEST + "operators.matmul = {activations = [8]}\n")
+    prepared = fxmpq.prepare(bert_graph, found, products=True)
+    groups = [group for group in require(prepared, stage="prepared").groups if group.products]
+    assert [group.candidates for group in groups] == [(Precision(None, 8),)] * 4
+    with pytest.raises(PrecisionError, match="'npu' has no quantized product"):
+        fxmpq.prepare(bert_graph, read(tmp_path, SMALLEST), products=True)
