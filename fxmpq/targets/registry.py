@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 
 from fxmpq.errors import TargetError, closest
+from fxmpq.targets.described.read import read_target
 from fxmpq.targets.onnxruntime import ONNXRUNTIME
+from fxmpq.targets.openvino import OPENVINO, OPENVINO_BF16
 from fxmpq.targets.reference import REFERENCE
 from fxmpq.targets.target import Target
 
 TARGETS: Mapping[str, Target] = {
     REFERENCE.name: REFERENCE,
     ONNXRUNTIME.name: ONNXRUNTIME,
+    OPENVINO.name: OPENVINO,
+    OPENVINO_BF16.name: OPENVINO_BF16,
 }
 
 
-def get_target(target: str | Target) -> Target:
-    """Find a target by name and check that its packages are installed.
+def get_target(target: str | Path | Target) -> Target:
+    """Find a target by name or file and check that its packages are installed.
 
     Args:
-        target: A name, or a target of one's own, which is returned as it is.
+        target: A name; a TOML file that describes one, known by its ending `.toml`; or a target
+            itself, which is returned as it is.
 
     Raises:
-        TargetError: If the name is unknown, or a package is missing, naming the extra that
-            installs it.
+        TargetError: If the name is unknown, a file cannot be used, or a package is missing,
+            naming the extra that installs it.
 
     Examples:
         >>> get_target("reference").name
@@ -32,10 +38,15 @@ def get_target(target: str | Target) -> Target:
     """
     if isinstance(target, Target):
         found = target
-    elif target in TARGETS:
-        found = TARGETS[target]
+    elif Path(target).suffix == ".toml":
+        found = read_target(target, TARGETS)
+    elif str(target) in TARGETS:
+        found = TARGETS[str(target)]
     else:
-        raise TargetError(f"no target {target!r}; there are {closest(target, TARGETS)}")
+        raise TargetError(
+            f"no target {str(target)!r}; there are {closest(str(target), TARGETS)}, and files that "
+            "describe one, ending in .toml"
+        )
     for package, extra in found.packages.items():
         if importlib.util.find_spec(package) is None:
             raise TargetError(

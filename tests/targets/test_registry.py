@@ -43,3 +43,12 @@ def test_a_missing_package_names_the_extra_that_installs_it() -> None:
     ):
         get_target("onnxruntime")
     assert get_target("reference") is REFERENCE
+
+
+@pytest.mark.parametrize("name", ["openvino", "openvino-bf16"])
+def test_two_targets_may_need_one_extra(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(
+        TargetError, match=rf"'{name}' needs the package 'openvino'.*'fxmpq\[openvino\]'"
+    ):
+        get_target(name)

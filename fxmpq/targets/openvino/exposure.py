@@ -1,0 +1,78 @@
+"""Reading what the runtime computes inside a model: the activations that it quantizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import openvino as ov
+from torch import fx
+
+from fxmpq.graph.batches import Batch, flat_inputs
+from fxmpq.targets.openvino.compiled import OpenvinoModel
+from fxmpq.targets.openvino.translate import quantization_name
+from fxmpq.targets.qdq import active_quantizers, layers_of
+from fxmpq.targets.target import LayerValue
+
+
+class ExposedModel:
+    """A converted model that also returns its quantized activations.
+
+    Codes are what layers hand on, so a layer is looked at where what it computed was rounded: the
+    kernels before and behind stay those of the model.
+
+    Args:
+        graph: The planned graph.
+        model: The converted model; not changed.
+        options: What it is compiled with.
+        threads: Threads inside an operator.
+    """
+
+    def __init__(
+        self, graph: fx.GraphModule, model: ov.Model, options: Mapping[str, str], threads: int
+    ) -> None:
+        self._graph = graph
+        self._shown = computed_by(graph)
+        exposed = model.clone()
+        operations = {node.get_friendly_name(): node for node in exposed.get_ordered_ops()}
+        self._outputs = len(exposed.outputs)
+        indices = {name: index for index, name in enumerate(active_quantizers(graph))}
+        for quantizer in self._shown:
+            operation = operations[quantization_name(indices[quantizer])]
+            exposed.add_outputs(operation.output(0))
+        self.loaded = OpenvinoModel(exposed, options, threads)
+
+    def __call__(self, batch: Batch) -> list[LayerValue]:
+        """Run a batch; returns the quantized results of layers, in graph order."""
+        values = self.loaded(flat_inputs(self._graph, batch))[self._outputs :]
+        return [
+            LayerValue(layer, quantizer, value)
+            for (quantizer, layer), value in zip(self._shown.items(), values, strict=True)
+        ]
+
+
+def computed_by(graph: fx.GraphModule) -> dict[str, str]:
+    """The last layer before each activation quantizer of a planned graph.
+
+    Args:
+        graph: With chosen precisions.
+
+    Returns:
+        Layer name by the name of the quantizer's node, in graph order; without quantizers that no
+        layer comes before.
+    """
+    names = {layer.node: layer.name for layer, _ in layers_of(graph)}
+    order = {node: position for position, node in enumerate(graph.graph.nodes)}
+    nodes = {node.name: node for node in order}
+    found: dict[str, str] = {}
+    for quantizer in active_quantizers(graph):
+        waiting, seen, layers = [nodes[quantizer]], set[fx.Node](), list[fx.Node]()
+        while waiting:
+            for source in waiting.pop().all_input_nodes:
+                if source.name in names:
+                    layers.append(source)
+                elif source not in seen:
+                    seen.add(source)
+                    waiting.append(source)
+        if layers:
+            found[quantizer] = names[max(layers, key=order.__getitem__).name]
+    return found

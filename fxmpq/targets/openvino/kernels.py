@@ -1,0 +1,142 @@
+"""Reading back which kernels OpenVINO chose."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import InitVar, dataclass, field
+
+import openvino as ov
+
+from fxmpq.formats import Precision
+from fxmpq.graph.state import Layer, Member
+from fxmpq.targets.openvino.translate import codes_name
+
+_LAYERS = frozenset(
+    {
+        "Convolution",
+        "GroupConvolution",
+        "ConvolutionBackpropData",
+        "GroupConvolutionBackpropData",
+        "MatMul",
+        "Gather",
+    }
+)
+_EXECUTED = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul", "Gather"})
+_CODES = frozenset({"i8", "u8", "i4", "u4", "u2"})
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A kernel that runs: of which kind, which one, and the type of the values it reads."""
+
+    kind: str
+    primitive: str
+    reads: str
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether it computes on integers; names end as in `brgconv_avx512_I8`."""
+        return self.primitive.lower().endswith(("i8", "u8"))
+
+
+def name_layers(model: ov.Model, layers: Sequence[Layer]) -> None:
+    """Give the operations that compute layers the layers' names, in place.
+
+    A layer is found by its stored codes, or by its weight where that is float and its own. A
+    linear layer's bias is added by an operation of its own, which gives its name to the kernel
+    where both run as one; it is named `<layer>/bias`.
+
+    Args:
+        model: From `openvino_model`.
+        layers: By their indices.
+    """
+    readers = Counter(layer.weight for layer in layers)
+    names = {codes_name(index): layer.name for index, layer in enumerate(layers)}
+    weights = {
+        f"{layer.weight.replace('.', '_')}:0": layer.name
+        for layer in layers
+        if readers[layer.weight] == 1
+    }
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Constant":
+            continue
+        found = [weights[name] for name in node.output(0).get_names() if name in weights]
+        name = names.get(node.get_friendly_name(), found[0] if found else None)
+        if name is not None:
+            for layer in _reached(node):
+                _name(layer, name)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels that the runtime chose.
+
+    Args:
+        executed: `CompiledModel.get_runtime_model()` of a model whose layers are named. Kernels
+            for free sizes are only chosen when the model runs, so it should have run once.
+    """
+
+    executed: InitVar[ov.Model]
+    _found: dict[str, list[_Kernel]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self, executed: ov.Model) -> None:
+        """Collect the kernels by the names of what they compute."""
+        for node in executed.get_ordered_ops():
+            info = node.get_rt_info()
+            kernel = _Kernel(
+                *(str(info[k].value) for k in ("layerType", "primitiveType", "runtimePrecision"))
+            )
+            if kernel.kind in _EXECUTED:
+                for name in str(info["originalLayersNames"].value).split(","):
+                    # The runtime appends what it fused to names, as `/DequantizationMultiply`.
+                    found = self._found.setdefault(name.partition("/")[0], [])
+                    found += [kernel] if kernel not in found else []
+
+    def of_quantized(self, layer: Member, precision: Precision) -> tuple[str, str]:
+        """A quantized layer's kernel, and why it differs from what was asked where it does."""
+        found = self._found.get(layer.name, [])
+        if not found:
+            return "unknown", "the graph that the runtime executes does not show it"
+        if precision.activation is not None:
+            is_met = all(kernel.is_integer for kernel in found)
+            return _text(found), "" if is_met else "the runtime has no integer kernel for it"
+        if all(kernel.reads in _CODES for kernel in found):
+            return f"{_text(found)} on {found[0].reads} weights", ""
+        return _text(found), "the runtime expands its weights to float"
+
+    def of_float(self, layer: Member) -> str:
+        """The kernel of a layer that stays float; `float` where it is not known."""
+        return _text(self._found.get(layer.name, [])) or "float"
+
+
+def _text(kernels: Sequence[_Kernel]) -> str:
+    return ", ".join(f"{kernel.kind} {kernel.primitive}" for kernel in kernels)
+
+
+def _name(layer: ov.Node, name: str) -> None:
+    """Name a layer, and what adds its bias."""
+    layer.set_friendly_name(name)
+    readers = _readers(layer)
+    if len(readers) == 1 and _adds_constant(readers[0]):
+        readers[0].set_friendly_name(f"{name}/bias")
+
+
+def _reached(constant: ov.Node) -> Iterator[ov.Node]:
+    """The layers that read a constant, directly or through what only rearranges and scales it."""
+    waiting = [constant]
+    while waiting:
+        for reader in _readers(waiting.pop()):
+            if reader.get_type_name() in _LAYERS:
+                yield reader
+            elif reader.get_type_name() not in ("Result", "ShapeOf"):
+                waiting.append(reader)
+
+
+def _readers(node: ov.Node) -> list[ov.Node]:
+    return [target.get_node() for output in node.outputs() for target in output.get_target_inputs()]
+
+
+def _adds_constant(node: ov.Node) -> bool:
+    kinds = [value.get_node().get_type_name() for value in node.input_values()]
+    return bool(node.get_type_name() == "Add" and "Constant" in kinds)

@@ -1,0 +1,176 @@
+"""Reading an exported program into OpenVINO: its PyTorch frontend, and three operators of ours."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import openvino as ov
+from openvino import opset13
+from openvino.frontend import FrontEndManager, NodeContext, OpConversionFailure
+from openvino.frontend.pytorch import ConversionExtension
+from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
+from torch import Tensor, fx
+from torch.export import ExportedProgram, default_decompositions
+from torch.utils import _pytree as pytree
+
+from fxmpq.errors import TargetError
+from fxmpq.graph.export import quiet_torch
+from fxmpq.targets import qdq  # noqa: F401  (registers torch.ops.fxmpq)
+
+_STORED = {2: ov.Type.u2, 3: ov.Type.u3, 4: ov.Type.i4, 6: ov.Type.u6, 8: ov.Type.i8}
+"""OpenVINO has no signed integers of 2, 3 or 6 bits: those codes are stored shifted."""
+
+_COUNTED = re.compile(r"([A-Za-z]+)_\d+")
+
+
+def openvino_model(program: ExportedProgram) -> ov.Model:
+    """Translate an exported program, with weight codes stored in their width.
+
+    Args:
+        program: On the CPU, with the operators of `fxmpq.targets.qdq`.
+
+    Returns:
+        The model. Constants of codes are named as `codes_name` says, quantizations of activations
+        as `quantization_name` says; all other names depend on the model alone.
+
+    Raises:
+        TargetError: If OpenVINO has no translation for an operator, naming it.
+    """
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    for name, translation in TRANSLATIONS.items():
+        frontend.add_extension(ConversionExtension(name, translation))
+    with quiet_torch():
+        # The decoder and what was loaded from it are read until the conversion is over.
+        decoder = TorchFXPythonDecoder(_flat_graph(program))
+        loaded = frontend.load(decoder)
+        try:
+            model = frontend.convert(loaded)
+        except OpConversionFailure as error:
+            version = str(ov.__version__).partition("-")[0]
+            raise TargetError(
+                f"OpenVINO {version} cannot take this model: {_summary(str(error))}. Target "
+                "'onnxruntime' may, and 'reference' does"
+            ) from error
+    _shape_biases(model)
+    _name_by_order(model)
+    return model
+
+
+def codes_name(layer: int) -> str:
+    """Name of the constant that holds the codes of a layer, by its index."""
+    return f"layer {layer}/codes"
+
+
+def quantization_name(index: int) -> str:
+    """Name of the operation that quantizes an activation, by its index."""
+    return f"activation {index}"
+
+
+def _flat_graph(program: ExportedProgram) -> fx.GraphModule:
+    """Decompose what OpenVINO has no operator for; keep tensors only among inputs and outputs."""
+    table = default_decompositions()
+    for operator in set(ops_to_not_decompose()) & set(table):
+        del table[operator]
+    graph = program.run_decompositions(table).module(check_guards=False)
+    assert isinstance(graph, fx.GraphModule)
+    output = graph.graph.output_node()
+    leaves = pytree.tree_leaves(output.args)
+    output.args = (tuple(leaf for leaf in leaves if _is_tensor(leaf)),)
+    for node in graph.graph.find_nodes(op="placeholder"):
+        if not _is_tensor(node):
+            graph.graph.erase_node(node)
+    graph.graph.set_codegen(fx.graph.CodeGen())
+    graph.recompile()
+    return graph
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor)
+
+
+def _summary(message: str) -> str:
+    """The operators that the frontend names at the end of its report."""
+    _, _, summary = message.rpartition("Summary:")
+    lines = [line.strip().removeprefix("-- ") for line in summary.splitlines()]
+    return "; ".join(line for line in lines if line)
+
+
+def _shape_biases(model: ov.Model) -> None:
+    """Store biases in their final shape, into which the frontend brings them at every run."""
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Reshape":
+            continue
+        stored, shape = node.input_value(0).get_node(), node.get_output_partial_shape(0)
+        if stored.get_type_name() != "Constant" or not shape.is_static:
+            continue
+        shaped = opset13.constant(stored.data.reshape(list(shape.to_shape())))
+        for reader in node.output(0).get_target_inputs():
+            reader.replace_source_output(shaped.output(0))
+
+
+def _name_by_order(model: ov.Model) -> None:
+    """Rename what is numbered by a counter of the process, so that files are reproducible."""
+    model.set_friendly_name("fxmpq")
+    seen: Counter[str] = Counter()
+    for node in model.get_ordered_ops():
+        match = _COUNTED.fullmatch(node.get_friendly_name())
+        if match is not None and match[1] == node.get_type_name():
+            seen[match[1]] += 1
+            node.set_friendly_name(f"{match[1]}_{seen[match[1]]}")
+
+
+def _fake_quantize(context: NodeContext) -> list[ov.Output]:
+    scale = float(context.get_values_from_const_input(1))
+    zero_point, bits, index = _constants(context, 2, 3, 4)
+    levels = 1 << bits
+    low = opset13.constant(np.float32(-zero_point * scale))
+    high = opset13.constant(np.float32((levels - 1 - zero_point) * scale))
+    found = opset13.fake_quantize(context.get_input(0), low, high, low, high, levels)
+    found.set_friendly_name(quantization_name(index))
+    return list(found.outputs())
+
+
+def _widened_codes(context: NodeContext) -> list[ov.Output]:
+    # Integer kernels are only found behind a cast to int8 and an integer shift.
+    stored, shift = _stored_codes(context)
+    if stored.get_element_type() == ov.Type.i8:
+        return list(stored.outputs())
+    codes = opset13.convert(stored, "i8")
+    if shift:
+        codes = opset13.subtract(codes, opset13.constant(np.int8(shift)))
+    return list(codes.outputs())
+
+
+def _stored_numbers(context: NodeContext) -> list[ov.Output]:
+    stored, shift = _stored_codes(context)
+    real = opset13.convert(stored, "f32")
+    if shift:
+        real = opset13.subtract(real, opset13.constant(np.float32(shift)))
+    return list(real.outputs())
+
+
+def _stored_codes(context: NodeContext) -> tuple[ov.Node, int]:
+    """A constant of codes in their width, and what was added to make them unsigned."""
+    codes = context.get_input(0).get_node().data
+    bits, layer = _constants(context, 1, 2)
+    stored = _STORED[bits]
+    shift = 0 if stored.is_signed() else 1 << (bits - 1)
+    shifted = (codes.astype(np.int16) + shift).astype(np.uint8 if shift else np.int8)
+    constant = opset13.constant(shifted, dtype=stored)
+    constant.set_friendly_name(codes_name(layer))
+    return constant, shift
+
+
+def _constants(context: NodeContext, *positions: int) -> list[int]:
+    return [int(context.get_values_from_const_input(position)) for position in positions]
+
+
+TRANSLATIONS: Mapping[str, Callable[[NodeContext], list[ov.Output]]] = {
+    "fxmpq.fake_quantize.default": _fake_quantize,
+    "fxmpq.widened_codes.default": _widened_codes,
+    "fxmpq.stored_numbers.default": _stored_numbers,
+}

@@ -1,0 +1,210 @@
+"""The quantize-dequantize form: a planned graph in operators that compilers recognise.
+
+Layers stay the ATen operators they were and read real numbers; a compiler that knows the form
+moves the quantization into them. The graph runs in PyTorch, so it can be checked there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from fxmpq.formats import NumberFormat, Precision, Scheme
+from fxmpq.granularity import PerBlock, PerTensor
+from fxmpq.graph.attributes import get_tensor
+from fxmpq.graph.operators import OPERATORS, argument
+from fxmpq.graph.state import Layer, state_of
+from fxmpq.quantizers.integer import fake_quantize_activation
+from fxmpq.quantizers.modules import ActivationQuantizer, WeightQuantizer
+from fxmpq.quantizers.scales import scale_rows, spread_scale
+from fxmpq.targets.lowering import finish, lower, quantizer_of, store_tensor
+from fxmpq.targets.outcome import layer_precision
+
+aten = torch.ops.aten
+
+
+@torch.library.custom_op("fxmpq::fake_quantize", mutates_args=())
+def fake_quantize(x: Tensor, scale: float, zero_point: int, bits: int, index: int) -> Tensor:
+    """Round to an affine grid of `2^bits` codes and return to real numbers."""
+    return fake_quantize_activation(x, scale, zero_point, NumberFormat(bits, Scheme.AFFINE))
+
+
+@fake_quantize.register_fake
+def _(x: Tensor, scale: float, zero_point: int, bits: int, index: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("fxmpq::widened_codes", mutates_args=())
+def widened_codes(codes: Tensor, bits: int, index: int) -> Tensor:
+    """Codes stored in `bits` bits, for a runtime that widens them to `int8` as it loads them."""
+    return codes.clone()
+
+
+@widened_codes.register_fake
+def _(codes: Tensor, bits: int, index: int) -> Tensor:
+    return torch.empty_like(codes)
+
+
+@torch.library.custom_op("fxmpq::stored_numbers", mutates_args=())
+def stored_numbers(codes: Tensor, bits: int, index: int) -> Tensor:
+    """Codes stored in `bits` bits, for a runtime that reads them so, as `float32`."""
+    return codes.float()
+
+
+@stored_numbers.register_fake
+def _(codes: Tensor, bits: int, index: int) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+def to_qdq(graph: fx.GraphModule, narrow: frozenset[int] = frozenset()) -> fx.GraphModule:
+    """Replace a planned graph's quantizers by operators of this form.
+
+    An activation quantizer becomes `fake_quantize`; a weight becomes `widened_codes`, a cast to
+    `float32` and a product with its scales; an embedding looks up codes and scales and multiplies
+    those. The operators carry an index: a quantizer's among `active_quantizers(graph)`, a
+    layer's among `layers_of(graph)`.
+
+    Args:
+        graph: With chosen precisions, all of integers of at most 8 bits; not changed.
+        narrow: Widths that the runtime's linear layers on float input read as they are stored;
+            these take `stored_numbers` instead of widened codes.
+
+    Returns:
+        A graph without modules; weight codes are `int8` buffers.
+    """
+    rewritten = lower(graph)
+    nodes = {node.name: node for node in rewritten.graph.nodes}
+    for index, name in enumerate(active_quantizers(graph)):
+        node = nodes[name]
+        quantizer = quantizer_of(rewritten, node)
+        assert isinstance(quantizer, ActivationQuantizer)
+        assert quantizer.active is not None
+        found = quantizer.ranges[quantizer.active.name]
+        grid = (found.scale, found.zero_point, quantizer.active.bits, index)
+        with rewritten.graph.inserting_before(node):
+            rounded = rewritten.graph.call_function(
+                torch.ops.fxmpq.fake_quantize.default, (node.args[0], *grid)
+            )
+        _put_instead(rewritten, node, rounded)
+    for index, (layer, precision) in enumerate(layers_of(graph)):
+        node = nodes[layer.node]
+        weight = argument(node, OPERATORS[node.target].weight)
+        quantizer = quantizer_of(rewritten, weight)
+        if not isinstance(quantizer, WeightQuantizer):
+            continue
+        if layer.kind == "embedding":
+            _look_up(rewritten, node, quantizer, index)
+            continue
+        reads_narrow = layer.kind == "linear" and precision.activation is None
+        is_widened = not (reads_narrow and precision.weight_bits in narrow)
+        _store_weight(rewritten, node, quantizer, index, is_widened=is_widened)
+    finish(rewritten)
+    return rewritten
+
+
+def active_quantizers(graph: fx.GraphModule) -> list[str]:
+    """Names of the nodes that quantize an activation in a planned graph, in graph order."""
+    return [
+        node.name
+        for node in graph.graph.nodes
+        if isinstance(found := quantizer_of(graph, node), ActivationQuantizer)
+        and found.active is not None
+    ]
+
+
+def layers_of(graph: fx.GraphModule) -> list[tuple[Layer, Precision]]:
+    """The layers of a planned graph and their own precisions, group by group."""
+    state = state_of(graph)
+    return [
+        (layer, layer_precision(layer, group.candidate(state.choices[group.name])))
+        for group in state.groups
+        for layer in group.layers
+    ]
+
+
+def _store_weight(
+    graph: fx.GraphModule,
+    node: fx.Node,
+    quantizer: WeightQuantizer,
+    index: int,
+    *,
+    is_widened: bool,
+) -> None:
+    """Let a layer read real numbers that are computed from stored codes."""
+    codes, scale, found = _stored(graph, quantizer)
+    shape = codes.shape
+    is_blocked = isinstance(found.granularity, PerBlock)
+    if is_blocked:
+        codes = scale_rows(codes, quantizer.axis, found.granularity).reshape(*scale.shape, -1)
+        scale = scale.unsqueeze(-1)
+    else:
+        scale = spread_scale(scale, shape, quantizer.axis, found.granularity)
+    stored = store_tensor(graph, f"codes_{quantizer.name}", codes, node)
+    scales = store_tensor(graph, f"scale_{quantizer.name}", scale, node)
+    with graph.graph.inserting_before(node):
+        if is_widened:
+            real = _widened_numbers(graph, stored, found.bits, index)
+        else:
+            numbers = torch.ops.fxmpq.stored_numbers.default
+            real = graph.graph.call_function(numbers, (stored, found.bits, index))
+        real = graph.graph.call_function(aten.mul.Tensor, (real, scales))
+        if is_blocked:
+            # Blocks are cut along all that lies behind the channels, the last one filled up.
+            real = graph.graph.call_function(aten.reshape.default, (real, [len(codes), -1]))
+            values = shape[1:].numel()
+            if codes[0].numel() != values:
+                real = graph.graph.call_function(aten.slice.Tensor, (real, 1, 0, values))
+            if len(shape) > 2:
+                real = graph.graph.call_function(aten.reshape.default, (real, list(shape)))
+    node.update_arg(OPERATORS[node.target].weight, real)
+
+
+def _look_up(graph: fx.GraphModule, node: fx.Node, quantizer: WeightQuantizer, index: int) -> None:
+    """Replace an embedding by look-ups of codes and scales, so that no float table is made."""
+    codes, scale, found = _stored(graph, quantizer)
+    width, indices = codes.shape[1], node.args[1]
+    is_blocked, is_shared = (isinstance(found.granularity, k) for k in (PerBlock, PerTensor))
+    if is_blocked:
+        codes = scale_rows(codes, 0, found.granularity).reshape(len(codes), -1)
+    elif not is_shared:
+        scale = scale.unsqueeze(-1)
+    stored = store_tensor(graph, f"codes_{quantizer.name}", codes, node)
+    scales = store_tensor(graph, f"scale_{quantizer.name}", scale, node)
+    call = graph.graph.call_function
+    with graph.graph.inserting_before(node):
+        table = call(torch.ops.fxmpq.widened_codes.default, (stored, found.bits, index))
+        rows = _cast(graph, call(aten.embedding.default, (table, indices)))
+        if not is_shared:
+            scales = call(aten.embedding.default, (scales, indices))
+        if is_blocked:
+            blocks = [scale.shape[1], codes.shape[1] // scale.shape[1]]
+            rows = call(aten.unflatten.int, (rows, -1, blocks))
+            scales = call(aten.unsqueeze.default, (scales, -1))
+        rows = call(aten.mul.Tensor, (rows, scales))
+        if is_blocked:
+            rows = call(aten.flatten.using_ints, (rows, -2, -1))
+            rows = call(aten.slice.Tensor, (rows, -1, 0, width))
+    _put_instead(graph, node, rows)
+
+
+def _stored(
+    graph: fx.GraphModule, quantizer: WeightQuantizer
+) -> tuple[Tensor, Tensor, NumberFormat]:
+    """A weight's codes in its shape, its scales, and its format."""
+    assert quantizer.active is not None
+    codes = quantizer.codes(get_tensor(graph, quantizer.name).detach(), quantizer.active)
+    return codes, quantizer.scale(quantizer.active), quantizer.active
+
+
+def _widened_numbers(graph: fx.GraphModule, codes: fx.Node, bits: int, index: int) -> fx.Node:
+    widened = torch.ops.fxmpq.widened_codes.default
+    return _cast(graph, graph.graph.call_function(widened, (codes, bits, index)))
+
+
+def _cast(graph: fx.GraphModule, codes: fx.Node) -> fx.Node:
+    return graph.graph.call_function(aten._to_copy.default, (codes,), {"dtype": torch.float32})
+
+
+def _put_instead(graph: fx.GraphModule, node: fx.Node, other: fx.Node) -> None:
+    node.replace_all_uses_with(other)
+    graph.graph.erase_node(node)

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from fxmpq.graph.run import run_batch
+from fxmpq.graph.state import require
+from fxmpq.graph.switch import with_choices
+from fxmpq.targets.convert import convert
+from fxmpq.targets.divergence import layer_agreements
+from fxmpq.targets.openvino.exposure import computed_by
+from fxmpq.targets.qdq import active_quantizers
+from fxmpq.targets.target import Converted
+
+Made = Callable[..., fx.GraphModule]
+
+
+@pytest.fixture(scope="module")
+def ready(calibrated: Made, conv_graph: fx.GraphModule, images: list[Tensor]) -> fx.GraphModule:
+    return calibrated(conv_graph, images, "openvino")
+
+
+@pytest.fixture(scope="module")
+def planned(ready: fx.GraphModule, uniform: Made) -> fx.GraphModule:
+    return uniform(ready, 2)
+
+
+@pytest.fixture(scope="module")
+def made(planned: fx.GraphModule) -> Converted:
+    return convert(planned, verify=False)
+
+
+def test_quantized_tensors_belong_to_the_layer_before_them(planned: fx.GraphModule) -> None:
+    found = computed_by(planned)
+    first, *others = active_quantizers(planned)
+    # Nothing computes what comes in.
+    assert first not in found
+    assert list(found) == others
+    # Sums come after the later of their operands, and so does the mean of the last.
+    layers = ["stem.0", "conv1", "conv2", "downsample.0", "downsample.0"]
+    assert list(found.values()) == layers
+
+
+def test_values_are_what_the_runtime_computed(
+    made: Converted, planned: fx.GraphModule, images: list[Tensor]
+) -> None:
+    assert made.layer_values is not None
+    values = made.layer_values(images[0])
+    assert [(entry.node, entry.layer) for entry in values] == list(computed_by(planned).items())
+    for entry, found in zip(values, layer_agreements(planned, made, images[0]), strict=False):
+        assert len(entry.value) == len(images[0])
+        assert found.layer == entry.layer
+        assert found.sqnr_db > 50
+    # What it shows comes on top of what the model returns, which is as before.
+    assert torch.allclose(made.run(images[0])[0], run_batch(planned, images[0])[0], atol=1e-3)
+
+
+def test_the_layer_that_differs_is_found(
+    made: Converted, ready: fx.GraphModule, planned: fx.GraphModule, images: list[Tensor]
+) -> None:
+    groups = require(planned, stage="calibrated").groups
+    (group,) = [group.name for group in groups if "conv2" in [x.name for x in group.layers]]
+    other = with_choices(ready, {**require(planned, stage="calibrated").choices, group: "w2a8"})
+    agreements = layer_agreements(other, made, images[0])
+    assert [entry.layer for entry in agreements if entry.sqnr_db < 35] == ["conv2"]

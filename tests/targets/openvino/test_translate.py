@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import openvino as ov
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from openvino import opset13
+from torch import Tensor, nn
+
+from fxmpq.errors import TargetError
+from fxmpq.formats import NumberFormat, Scheme
+from fxmpq.quantizers.integer import fake_quantize_activation
+from fxmpq.targets import qdq  # noqa: F401  (registers torch.ops.fxmpq)
+from fxmpq.targets.openvino.translate import (
+    TRANSLATIONS,
+    codes_name,
+    openvino_model,
+    quantization_name,
+)
+
+STORED_BYTES = {2: 1 / 4, 3: 3 / 8, 4: 1 / 2, 6: 3 / 4, 8: 1}
+
+
+class Context:
+    """What a translation is given: constants, and the input of an operation."""
+
+    def __init__(self, *inputs: object) -> None:
+        self._inputs = inputs
+
+    def get_input(self, position: int) -> ov.Output:
+        found = self._inputs[position]
+        assert isinstance(found, ov.Node)
+        return found.output(0)
+
+    def get_values_from_const_input(self, position: int) -> object:
+        return self._inputs[position]
+
+
+def computed(output: ov.Output, *inputs: object, parameters: Sequence[ov.Node] = ()) -> np.ndarray:
+    model = ov.Model([output], list(parameters))
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    return ov.Core().compile_model(model, "CPU", options)(list(inputs))[0]
+
+
+@settings(max_examples=15)
+@given(st.sampled_from(sorted(STORED_BYTES)), st.integers(1, 9), st.integers(1, 40), st.data())
+def test_codes_of_any_width_survive(bits: int, rows: int, width: int, data: st.DataObject) -> None:
+    found = NumberFormat(bits)
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    codes = np.random.default_rng(seed).integers(found.qmin, found.qmax + 1, (rows, width))
+    codes = codes.astype(np.int8)
+    for name in ("widened_codes", "stored_numbers"):
+        context = Context(opset13.constant(codes), bits, 7)
+        (output,) = TRANSLATIONS[f"fxmpq.{name}.default"](context)
+        np.testing.assert_array_equal(computed(output), codes)
+        operations = {node.get_friendly_name(): node for node in ov.Model([output], []).get_ops()}
+        stored = operations[codes_name(7)]
+        # Three- and six-bit codes are packed by eight and by four.
+        assert stored.get_byte_size() == pytest.approx(codes.size * STORED_BYTES[bits], abs=3)
+
+
+@pytest.mark.parametrize("zero_point", [0, 120, 255])
+def test_a_quantization_is_the_simulated_one(zero_point: int) -> None:
+    x = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 3
+    source = opset13.parameter([-1, 50], np.float32)
+    context = Context(source, 0.03125, zero_point, 8, 2)
+    (output,) = TRANSLATIONS["fxmpq.fake_quantize.default"](context)
+    assert output.get_node().get_friendly_name() == quantization_name(2)
+    found = computed(output, x.numpy(), parameters=[source])
+    expected = fake_quantize_activation(x, 0.03125, zero_point, NumberFormat(8, Scheme.AFFINE))
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
+
+
+def exported(model: nn.Module, *inputs: object) -> torch.export.ExportedProgram:
+    return torch.export.export(model.eval(), inputs, strict=False)
+
+
+class Mixture(nn.Module):
+    """Options among the inputs, constants among the outputs, and a bias behind a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor, flag: bool, times: float, mask: Tensor) -> tuple[object, ...]:
+        y = self.conv(x) * times
+        return y.masked_fill(mask, 0.0), None, 3, {"label": y.argmax(1)}
+
+
+@pytest.fixture(scope="module")
+def mixture() -> tuple[nn.Module, tuple[object, ...]]:
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 3, 5, 5), torch.zeros(2, 4, 3, 3, dtype=torch.bool)
+    mask[1] = True
+    return Mixture(), (x, True, 2.0, mask)
+
+
+def test_only_tensors_come_in_and_out(mixture: tuple[nn.Module, tuple[object, ...]]) -> None:
+    model, inputs = mixture
+    made = openvino_model(exported(model, *inputs))
+    assert [value.any_name for value in made.inputs] == ["x", "mask"]
+    compiled = ov.Core().compile_model(made, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = compiled([inputs[0].numpy(), inputs[3].numpy()])
+    y, *_, labels = model(*inputs)
+    assert len(found) == 2
+    np.testing.assert_allclose(found[0], y.detach().numpy(), atol=1e-5)
+    np.testing.assert_array_equal(found[1], labels["label"].numpy())
+
+
+def test_biases_are_stored_in_their_shape_and_names_are_reproducible(
+    mixture: tuple[nn.Module, tuple[object, ...]],
+) -> None:
+    model, inputs = mixture
+    first, second = (openvino_model(exported(model, *inputs)) for _ in range(2))
+    kinds = [node.get_type_name() for node in first.get_ordered_ops()]
+    assert "Convolution" in kinds
+    assert "Reshape" not in kinds
+    assert "ShapeOf" not in kinds
+    names = [[node.get_friendly_name() for node in m.get_ordered_ops()] for m in (first, second)]
+    assert names[0] == names[1]
+    assert len(set(names[0])) == len(names[0])
+
+
+class Unknown(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.eigvalsh(x)
+
+
+def test_an_operator_without_translation_is_named() -> None:
+    with pytest.raises(
+        TargetError, match=r"OpenVINO [\d.]+ cannot take this model: .*linalg_eigh.*'reference'"
+    ):
+        openvino_model(exported(Unknown(), torch.eye(3)))

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from fxmpq.formats import NumberFormat, Precision
+from fxmpq.graph.run import run_batch
+from fxmpq.graph.state import require
+from fxmpq.graph.switch import with_choices
+from fxmpq.graph.trace import trace
+from fxmpq.targets import qdq
+from fxmpq.targets.qdq import active_quantizers, layers_of, to_qdq
+from fxmpq.targets.target import agreement_db
+
+Made = Callable[..., fx.GraphModule]
+
+WIDTHS = [Precision(bits, 8) for bits in (2, 3, 4, 6, 8)]
+
+
+def mixed(graph: fx.GraphModule) -> fx.GraphModule:
+    """Gives the groups their candidates in turn."""
+    groups = require(graph, stage="calibrated").groups
+    choices = {
+        group.name: str(group.candidates[index % len(group.candidates)])
+        for index, group in enumerate(groups)
+    }
+    return with_choices(graph, choices)
+
+
+def agreement(graph: fx.GraphModule, batch: object, **options: frozenset[int]) -> float:
+    expected, found = run_batch(graph, batch), run_batch(to_qdq(graph, **options), batch)
+    return agreement_db(
+        [leaf for leaf in expected if isinstance(leaf, Tensor)],
+        [leaf for leaf in found if isinstance(leaf, Tensor)],
+    )
+
+
+def calls(graph: fx.GraphModule, operator: str) -> list[fx.Node]:
+    target = getattr(torch.ops.fxmpq, operator).default
+    return [node for node in graph.graph.nodes if node.target is target]
+
+
+@pytest.fixture(scope="module")
+def planned(calibrated: Made, conv_graph: fx.GraphModule, images: list[Tensor]) -> fx.GraphModule:
+    return mixed(calibrated(conv_graph, images, candidates=WIDTHS))
+
+
+def test_it_computes_what_the_simulation_does(
+    planned: fx.GraphModule,
+    calibrated: Made,
+    images: list[Tensor],
+    bert_graph: fx.GraphModule,
+    token_batches: list[dict[str, Tensor]],
+) -> None:
+    assert agreement(planned, images[1]) > 120
+    bert = mixed(calibrated(bert_graph, token_batches, candidates=WIDTHS))
+    assert agreement(bert, token_batches[1]) > 120
+
+
+def test_operators_carry_the_indices_of_quantizers_and_layers(planned: fx.GraphModule) -> None:
+    graph = to_qdq(planned)
+    assert not any(node.op == "call_module" for node in graph.graph.nodes)
+    names = active_quantizers(planned)
+    assert len(names) == 4
+    rounded = calls(graph, "fake_quantize")
+    assert [node.args[4] for node in rounded] == [0, 1, 2, 3]
+    # Each comes in its quantizer's place: behind the input, the pooling, two more tensors.
+    quantized = [str(next(iter(n.all_input_nodes)).name) for n in rounded]
+    nodes = {node.name: node for node in planned.graph.nodes}
+    assert quantized == [nodes[name].args[0].name for name in names]
+    stored = {node.args[2]: node.args[1] for node in calls(graph, "widened_codes")}
+    found = {
+        index: precision.weight_bits for index, (_, precision) in enumerate(layers_of(planned))
+    }
+    assert stored == found
+    assert sorted(set(stored.values())) == [2, 3, 4, 6]
+
+
+def test_codes_are_integers_of_their_width(planned: fx.GraphModule) -> None:
+    graph = to_qdq(planned)
+    tensors = graph.state_dict()
+    for node in calls(graph, "widened_codes"):
+        codes = tensors[str(node.args[0].target)]
+        found = NumberFormat(node.args[1])
+        assert codes.dtype is torch.int8
+        assert found.qmin <= int(codes.min()) <= int(codes.max()) <= found.qmax
+    floats = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+    assert all(name.startswith("scale_") or "bias" in name for name in floats)
+
+
+def test_the_planned_graph_is_left_alone(planned: fx.GraphModule, images: list[Tensor]) -> None:
+    before, names = run_batch(planned, images[0])[0], set(planned.state_dict())
+    to_qdq(planned)
+    assert torch.equal(run_batch(planned, images[0])[0], before)
+    assert set(planned.state_dict()) == names
+
+
+def test_only_linear_layers_on_float_input_are_read_narrow(
+    calibrated: Made, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> None:
+    candidates = [Precision(4), Precision(6), Precision(4, 8)]
+    graph = calibrated(conv_graph, images, candidates=candidates)
+    groups = [group.name for group in require(graph, stage="calibrated").groups]
+    for choice, expected in (("w4", 1), ("w6", 0), ("w4a8", 0)):
+        chosen = with_choices(graph, dict.fromkeys(groups, choice))
+        rewritten = to_qdq(chosen, frozenset({2, 4}))
+        assert len(calls(rewritten, "stored_numbers")) == expected
+        assert len(calls(rewritten, "widened_codes")) == 5 - expected
+        assert agreement(chosen, images[0], narrow=frozenset({2, 4})) > 120
+
+
+class Table(nn.Module):
+    """An embedding in front of a convolution and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.Embedding(9, 6), nn.Linear(6, 5)
+        self.conv = nn.Conv1d(3, 4, 3, padding=1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.fc(self.conv(self.table(ids)))
+
+
+@pytest.mark.parametrize("precision", ["w4b3", "w4b4", "w2b16", "w4t", "w8"])
+def test_all_granularities_of_scales(calibrated: Made, uniform: Made, precision: str) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(9, (4, 3))
+    candidates = [Precision.parse(precision)]
+    graph = uniform(calibrated(trace(Table(), ids), [ids], candidates=candidates))
+    assert agreement(graph, ids) > 120
+    assert agreement(graph, ids, narrow=frozenset({2, 4, 8})) > 120
+
+
+@pytest.mark.parametrize("name", ["fake_quantize", "widened_codes", "stored_numbers"])
+def test_operators_are_as_they_say(name: str) -> None:
+    codes = torch.tensor([[1, -2, 0], [3, -4, 2]], dtype=torch.int8)
+    arguments = {
+        "fake_quantize": (torch.randn(2, 3), 0.1, 3, 8, 0),
+        "widened_codes": (codes, 4, 0),
+        "stored_numbers": (codes, 4, 0),
+    }
+    torch.library.opcheck(getattr(qdq, name), arguments[name])
