@@ -7,19 +7,25 @@ from collections.abc import Callable
 from torch import fx
 
 from fxmpq.formats import Precision
-from fxmpq.graph.state import Layer, state_of
+from fxmpq.graph.state import Member, Product, state_of
 from fxmpq.targets.target import LayerReport
 
-KernelRule = Callable[[Layer, Precision], tuple[str, str]]
-"""From a quantized layer and its precision to (kernel, reason it differs or empty)."""
+KernelRule = Callable[[Member, Precision], tuple[str, str]]
+"""From a quantized layer or product and its precision to (kernel, reason it differs or empty)."""
+
+FloatKernelRule = Callable[[Member], str]
+"""From a layer or product that stays float to what the target runs for it."""
 
 
-def layer_reports(graph: fx.GraphModule, kernel: KernelRule) -> tuple[LayerReport, ...]:
-    """List every layer of a planned graph, and every matrix product that stays float.
+def layer_reports(
+    graph: fx.GraphModule, kernel: KernelRule, float_kernel: FloatKernelRule | None = None
+) -> tuple[LayerReport, ...]:
+    """List every layer and product of a planned graph, and what stays float.
 
     Args:
         graph: With chosen precisions.
-        kernel: Tells what the target runs for a quantized layer.
+        kernel: Tells what the target runs for a quantized layer or product.
+        float_kernel: Tells it for one that stays float; `float` if `None`.
 
     Returns:
         A row a layer, in graph order, then what is in no group.
@@ -28,18 +34,24 @@ def layer_reports(graph: fx.GraphModule, kernel: KernelRule) -> tuple[LayerRepor
     reasons = {entry.name: entry.reason for entry in state.left_float}
     rows: list[LayerReport] = []
     for group in state.groups:
-        for layer in group.layers:
+        for member in group.members:
             candidates = group.candidate(state.choices[group.name])
-            precision = layer_precision(layer, candidates)
+            precision = layer_precision(member, candidates)
             if precision.is_float:
-                reason = reasons.pop(layer.name, "the plan keeps it in float")
-                rows.append(LayerReport(layer.name, "fp32", "float", reason))
+                reason = reasons.pop(member.name, "the plan keeps it in float")
+                found = "float" if float_kernel is None else float_kernel(member)
+                rows.append(LayerReport(member.name, "fp32", found, reason))
             else:
-                rows.append(LayerReport(layer.name, str(precision), *kernel(layer, precision)))
+                rows.append(LayerReport(member.name, str(precision), *kernel(member, precision)))
     rows += [LayerReport(name, "fp32", "float", reason) for name, reason in reasons.items()]
     return tuple(rows)
 
 
-def layer_precision(layer: Layer, precision: Precision) -> Precision:
-    """A layer's own precision in its group: an embedding takes the weight half."""
-    return precision.weight_only if layer.kind == "embedding" else precision
+def layer_precision(member: Member, precision: Precision) -> Precision:
+    """A layer's or product's own precision in its group.
+
+    An embedding takes the weight half, a product of two activations the activation half.
+    """
+    if isinstance(member, Product):
+        return precision.activation_only
+    return precision.weight_only if member.kind == "embedding" else precision

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, fx
 
+from fxmpq.costs.figures import MetricFigures
 from fxmpq.graph.batches import Batch
 from fxmpq.graph.rules import TargetRules
 
@@ -31,6 +32,22 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class LayerValue:
+    """What a target computed for one layer.
+
+    Args:
+        layer: The layer's name.
+        node: The node of the planned graph that simulates it: the layer's own, or of what the
+            target fuses with it, up to a quantizer.
+        value: In real numbers.
+    """
+
+    layer: str
+    node: str
+    value: Tensor
+
+
+@dataclass(frozen=True)
 class Converted:
     """A model that runs on its target.
 
@@ -41,6 +58,8 @@ class Converted:
         files: What was written, the main file first; empty without `output`.
         layers: What became of each layer.
         sqnr_db: Agreement with the simulation on the checked batches, `inf` if equal.
+        layer_values: Takes a batch and tells what the target computed for its layers, those it
+            can tell about, with the kernels that `run` uses; `None` if for none.
     """
 
     target: str
@@ -49,6 +68,7 @@ class Converted:
     files: tuple[Path, ...]
     layers: tuple[LayerReport, ...]
     sqnr_db: float = float("nan")
+    layer_values: Callable[[Batch], Sequence[LayerValue]] | None = None
 
     def report(self) -> list[dict[str, str]]:
         """The layers' fates as plain rows with `layer`, `asked`, `kernel` and `reason`."""
@@ -67,12 +87,14 @@ class Target:
         convert: Makes a runnable model of a graph whose precisions are chosen.
         description: One line for people.
         packages: Modules the converter imports, by the extra that installs them.
+        metrics: Cost metrics of its own, by name.
     """
 
     rules: TargetRules
     convert: Converter
     description: str
     packages: Mapping[str, str]
+    metrics: Mapping[str, MetricFigures] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

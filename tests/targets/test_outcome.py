@@ -5,14 +5,14 @@ from collections.abc import Callable
 from torch import Tensor, fx
 
 from fxmpq.formats import Precision
-from fxmpq.graph.state import Layer, require
+from fxmpq.graph.state import Layer, Member, Product, require
 from fxmpq.graph.switch import with_choices
 from fxmpq.targets.outcome import layer_precision, layer_reports
 
 Made = Callable[..., fx.GraphModule]
 
 
-def kernel(layer: Layer, precision: Precision) -> tuple[str, str]:
+def kernel(layer: Member, precision: Precision) -> tuple[str, str]:
     return f"{layer.kind} kernel {precision}", "slow" if layer.name == "fc" else ""
 
 
@@ -40,6 +40,15 @@ def test_float_chosen_by_the_plan_says_so(
     assert rows[-1].reason == "the plan keeps it in float"
 
 
+def test_a_target_may_tell_what_it_runs_in_float(
+    calibrated: Made, uniform: Made, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> None:
+    planned = uniform(calibrated(conv_graph, images, exclude=["conv2"]))
+    rows = layer_reports(planned, kernel, lambda member: f"float kernel of {member.name}")
+    found = [row.kernel for row in rows if row.asked == "fp32"]
+    assert found == ["float kernel of conv2"]
+
+
 def test_products_that_stay_float_come_last(
     calibrated: Made,
     uniform: Made,
@@ -58,3 +67,16 @@ def test_an_embedding_takes_the_weight_half() -> None:
     head = Layer("head", "linear", "linear", "table.weight", 36, (9, 4), 0)
     assert layer_precision(table, Precision(4, 8)) == Precision(4)
     assert layer_precision(head, Precision(4, 8)) == Precision(4, 8)
+
+
+def test_products_are_listed_with_their_activations(
+    calibrated: Made,
+    uniform: Made,
+    bert_graph: fx.GraphModule,
+    token_batches: list[dict[str, Tensor]],
+) -> None:
+    planned = uniform(calibrated(bert_graph, token_batches, products=True))
+    rows = [row for row in layer_reports(planned, kernel) if row.kernel.startswith("matmul")]
+    assert [(row.asked, row.kernel) for row in rows] == [("a8", "matmul kernel a8")] * 4
+    assert layer_precision(Product("s", "s", 1), Precision(4, 8)) == Precision(None, 8)
+    assert layer_precision(Product("s", "s", 1), Precision(4)).is_float

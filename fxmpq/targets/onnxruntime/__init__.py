@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: 8-bit activations, 8-, 4- and 2-bit weights on int8 kernels."""
+"""ONNX Runtime on the CPU: 8-, 4- and 2-bit weights, with 8-bit activations or alone."""
 
 from __future__ import annotations
 
@@ -8,24 +8,41 @@ import torch
 from torch import fx
 
 from fxmpq.formats import Precision
+from fxmpq.granularity import PerBlock, PerChannel
 from fxmpq.graph.rules import OperatorRule, TargetRules
 from fxmpq.targets.target import Converted, Target
 
 aten = torch.ops.aten
 
 _WEIGHTS = frozenset({2, 4, 8})
+_GRANULARITIES = frozenset({PerChannel, PerBlock})
+_BLOCKS = frozenset({16, 32, 64, 128, 256})
 _RULES = TargetRules(
     name="onnxruntime",
     operators={
         "conv": OperatorRule(_WEIGHTS, frozenset({8})),
-        "linear": OperatorRule(_WEIGHTS, frozenset({8})),
-        "embedding": OperatorRule(_WEIGHTS, frozenset({None})),
+        "linear": OperatorRule(
+            _WEIGHTS,
+            frozenset({8, None}),
+            granularities=_GRANULARITIES,
+            block_sizes=_BLOCKS,
+            blocks_are_weight_only=True,
+        ),
+        "embedding": OperatorRule(
+            _WEIGHTS, frozenset({None}), granularities=_GRANULARITIES, block_sizes=_BLOCKS
+        ),
+        # Without integer kernels: stored as codes, and dequantized when the file is loaded.
+        "conv_transpose": OperatorRule(_WEIGHTS, frozenset({None})),
+        "experts": OperatorRule(_WEIGHTS, frozenset({None})),
+        "matmul": OperatorRule(frozenset(), frozenset({8}), granularities=frozenset()),
     },
     default_candidates=tuple(Precision(bits, 8) for bits in (2, 4, 8)),
     # Its convolution kernels write codes; one without a quantized output runs in float.
-    quantize_outputs_of=frozenset({"conv"}),
-    quantize_adds=True,
-    fused_activations=frozenset({aten.relu.default}),
+    quantize_outputs_of=frozenset({"conv", "add"}),
+    # Zero is the smallest code of what follows a ReLU, so that writing codes does its work.
+    fusions=(("conv", "relu"), ("add", "relu")),
+    # Each operand of its integer add has a scale of its own, so residual branches are free.
+    joins=("shared_weight", "shared_input"),
     through=frozenset({aten.max_pool2d.default}),
 )
 

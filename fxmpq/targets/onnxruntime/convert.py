@@ -2,64 +2,35 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import torch
-from torch import Tensor, fx, nn
-from torch.export import Dim
-from torch.fx.node import Argument
-from torch.utils import _pytree as pytree
+from torch import Tensor, fx
 
-from fxmpq.graph.batches import Batch, fixed_size, flat_inputs
+from fxmpq.graph.batches import Batch, flat_inputs
 from fxmpq.graph.export import quiet_torch
 from fxmpq.graph.rules import TargetRules
-from fxmpq.graph.state import state_of
-from fxmpq.targets.onnxruntime.kernels import kernel_rule
+from fxmpq.targets.onnxruntime.exportable import make_exportable
+from fxmpq.targets.onnxruntime.exposure import ExposedModel
+from fxmpq.targets.onnxruntime.float_layers import keep_float_layers
+from fxmpq.targets.onnxruntime.kernels import ExecutedKernels
+from fxmpq.targets.onnxruntime.layer_nodes import WrittenModel
+from fxmpq.targets.onnxruntime.layout import lay_out_weights
 from fxmpq.targets.onnxruntime.rewrite import to_integer_operators
+from fxmpq.targets.onnxruntime.rewrite_products import name_products, products_of
+from fxmpq.targets.onnxruntime.session import OnnxModel
 from fxmpq.targets.onnxruntime.storage import narrow_codes
+from fxmpq.targets.onnxruntime.stored_weights import dequantize_when_loaded
 from fxmpq.targets.onnxruntime.translate import TRANSLATIONS
 from fxmpq.targets.outcome import layer_reports
-from fxmpq.targets.target import Converted
+from fxmpq.targets.program import rewritten_program
+from fxmpq.targets.target import Converted, LayerValue
 
 _OPSET = 21
-
-
-class OnnxModel:
-    """An ONNX model loaded in ONNX Runtime.
-
-    Args:
-        model: The serialized model.
-        threads: Threads inside an operator; 0 leaves it to the runtime.
-    """
-
-    def __init__(self, model: bytes, threads: int = 0) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        handle, name = tempfile.mkstemp(suffix=".onnx")
-        os.close(handle)
-        self._optimized = Path(name)
-        options.optimized_model_filepath = name
-        self.session = onnxruntime.InferenceSession(
-            model, options, providers=["CPUExecutionProvider"]
-        )
-        self.executed = onnx.load(name, load_external_data=False)
-        self._optimized.unlink()
-
-    def __call__(self, inputs: Sequence[object]) -> list[Tensor]:
-        """Run on flat tensor inputs and return the flat outputs."""
-        names = [entry.name for entry in self.session.get_inputs()]
-        tensors = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
-        feed = {n: t.detach().cpu().numpy() for n, t in zip(names, tensors, strict=True)}
-        found = self.session.run(None, feed)
-        return [torch.from_numpy(np.asarray(value)) for value in found]
 
 
 def convert_onnxruntime(
@@ -78,58 +49,45 @@ def convert_onnxruntime(
     rewritten = to_integer_operators(graph, rules)
     model = _export(rewritten)
     _drop_notes(model)
+    name_products(model, list(products_of(graph).values()))
+    dequantize_when_loaded(model)
+    keep_float_layers(model)
+    lay_out_weights(model)
     narrow_codes(model)
     proto = ir.to_proto(model)
+    written = WrittenModel(proto)
+    _drop_constant_shapes(proto, written)
     onnx.checker.check_model(proto)
     serialized = proto.SerializeToString()
-    loaded = OnnxModel(serialized, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    loaded = OnnxModel(serialized, threads)
     files = () if output is None else (_write(serialized, output),)
 
     def run(batch: Batch) -> Sequence[Tensor]:
         return loaded(flat_inputs(graph, batch))
 
-    reports = layer_reports(graph, kernel_rule(loaded.executed))
-    return Converted("onnxruntime", run, loaded, files, reports)
+    @cache
+    def exposed() -> ExposedModel:
+        return ExposedModel(graph, serialized, loaded, threads)
+
+    def layer_values(batch: Batch) -> Sequence[LayerValue]:
+        return exposed()(batch)
+
+    kernels = ExecutedKernels(loaded.executed, written, graph)
+    reports = layer_reports(graph, kernels.quantized, kernels.in_float)
+    return Converted("onnxruntime", run, loaded, files, reports, layer_values=layer_values)
 
 
 def _export(graph: fx.GraphModule) -> ir.Model:
-    """Export a rewritten graph with the sizes free that were free in its trace."""
-    state = state_of(graph)
-    args, kwargs = pytree.tree_unflatten(list(state.example), state.call_spec)
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    free = [_free_dimensions(node) for node in placeholders]
-    shapes = pytree.tree_unflatten(free, state.call_spec)
-    dynamic_shapes = (*shapes[0], *shapes[1].values())
-    _move_to_cpu(graph)
+    """Export a rewritten graph to ONNX."""
+    make_exportable(graph)
+    program = rewritten_program(graph)
     with quiet_torch(), torch.no_grad():
-        program = torch.export.export(
-            graph, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
-        )
         exported = torch.onnx.export(
             program, dynamo=True, opset_version=_OPSET, custom_translation_table=dict(TRANSLATIONS)
         )
     assert exported is not None
     return exported.model
-
-
-def _move_to_cpu(graph: fx.GraphModule) -> None:
-    """Move a rewritten graph's tensors and constants to the CPU, in place.
-
-    `Module.to` would also move the tensors it shares with the planned graph.
-    """
-    for module in graph.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            module.register_parameter(name, nn.Parameter(parameter.detach().cpu(), False))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, buffer.cpu())
-
-    def on_cpu(argument: Argument) -> Argument:
-        return torch.device("cpu") if isinstance(argument, torch.device) else argument
-
-    for node in graph.graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, on_cpu)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, on_cpu)
-    graph.recompile()
 
 
 def _drop_notes(model: ir.Model) -> None:
@@ -138,11 +96,11 @@ def _drop_notes(model: ir.Model) -> None:
         node.metadata_props.clear()
 
 
-def _free_dimensions(placeholder: fx.Node) -> Mapping[int, object] | None:
-    value = placeholder.meta.get("val")
-    if not isinstance(value, Tensor):
-        return None
-    return {axis: Dim.AUTO for axis, size in enumerate(value.shape) if fixed_size(size) is None}
+def _drop_constant_shapes(proto: onnx.ModelProto, written: WrittenModel) -> None:
+    """Drop the shapes of constants, which say nothing new; the runtime fuses by the others."""
+    shapes = [entry for entry in proto.graph.value_info if not written.is_constant(entry.name)]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(shapes)
 
 
 def _write(serialized: bytes, output: Path) -> Path:

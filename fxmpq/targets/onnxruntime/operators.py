@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxmpq.quantizers.integer import per_channel
+from fxmpq.targets.onnxruntime.blocks import dequantize_rows
 
 
 @torch.library.custom_op("fxmpq::quantize", mutates_args=())
@@ -35,13 +36,13 @@ def _(codes: Tensor, scale: float, zero_point: int) -> Tensor:
 
 
 @torch.library.custom_op("fxmpq::dequantize_channels", mutates_args=())
-def dequantize_channels(codes: Tensor, scale: Tensor) -> Tensor:
-    """`scale_c * codes_c` along the first dimension, for stored weights and biases."""
-    return codes.to(scale.dtype) * per_channel(scale, codes.dim(), 0)
+def dequantize_channels(codes: Tensor, scale: Tensor, axis: int = 0) -> Tensor:
+    """`scale_c * codes_c` along a dimension, for stored weights and biases."""
+    return codes.to(scale.dtype) * per_channel(scale, codes.dim(), axis)
 
 
 @dequantize_channels.register_fake
-def _(codes: Tensor, scale: Tensor) -> Tensor:
+def _(codes: Tensor, scale: Tensor, axis: int = 0) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
 
 
@@ -49,8 +50,8 @@ def _(codes: Tensor, scale: Tensor) -> Tensor:
 def integer_linear(
     x: Tensor, scale: float, zero_point: int, codes: Tensor, weight_scale: Tensor, bias: Tensor
 ) -> Tensor:
-    """A linear layer on `uint8` input and `int8` weights `[in, out]`, with float output."""
-    products = (x.double() - zero_point) @ codes.double()
+    """A linear layer on `uint8` input and `int8` weights `[out, in]`, with float output."""
+    products = (x.double() - zero_point) @ codes.double().T
     rescale = per_channel(weight_scale.double() * scale, x.dim(), -1)
     return (products * rescale + bias.double()).float()
 
@@ -59,7 +60,21 @@ def integer_linear(
 def _(
     x: Tensor, scale: float, zero_point: int, codes: Tensor, weight_scale: Tensor, bias: Tensor
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], codes.shape[1]), dtype=torch.float32)
+    return x.new_empty((*x.shape[:-1], codes.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("fxmpq::integer_product", mutates_args=())
+def integer_product(
+    x: Tensor, x_scale: float, x_zero: int, y: Tensor, y_scale: float, y_zero: int
+) -> Tensor:
+    """A product of two tensors of `uint8` codes, as `torch.matmul` broadcasts, in floats."""
+    products = torch.matmul(x.double() - x_zero, y.double() - y_zero)
+    return (products * (x_scale * y_scale)).float()
+
+
+@integer_product.register_fake
+def _(x: Tensor, x_scale: float, x_zero: int, y: Tensor, y_scale: float, y_zero: int) -> Tensor:
+    return torch.matmul(x.float(), y.float())
 
 
 @torch.library.custom_op("fxmpq::integer_embedding", mutates_args=())
@@ -71,3 +86,48 @@ def integer_embedding(indices: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 @integer_embedding.register_fake
 def _(indices: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return codes.new_empty((*indices.shape, codes.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("fxmpq::block_linear", mutates_args=())
+def block_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    block: int,
+    width: int,
+    rows: int,
+) -> Tensor:
+    """A linear layer on float input and packed weights `[rows, width]`; see `dequantize_rows`."""
+    weight = dequantize_rows(packed, scale, bits, block, width)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+@block_linear.register_fake
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    block: int,
+    width: int,
+    rows: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+@torch.library.custom_op("fxmpq::block_embedding", mutates_args=())
+def block_embedding(
+    indices: Tensor, packed: Tensor, scale: Tensor, bits: int, block: int, width: int
+) -> Tensor:
+    """Look up rows of packed codes and dequantize them; see `dequantize_rows`."""
+    flat = indices.flatten()
+    found = dequantize_rows(packed[flat], scale[flat], bits, block, width)
+    return found.reshape(*indices.shape, width)
+
+
+@block_embedding.register_fake
+def _(indices: Tensor, packed: Tensor, scale: Tensor, bits: int, block: int, width: int) -> Tensor:
+    return scale.new_empty((*indices.shape, width))

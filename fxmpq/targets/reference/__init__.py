@@ -18,10 +18,15 @@ REFERENCE = Target(
         name="reference",
         operators={
             "conv": OperatorRule(_WEIGHTS, _ACTIVATIONS, _FLOATS, _GRANULARITIES),
+            "conv_transpose": OperatorRule(_WEIGHTS, _ACTIVATIONS, _FLOATS, _GRANULARITIES),
             "linear": OperatorRule(_WEIGHTS, _ACTIVATIONS, _FLOATS, _GRANULARITIES),
+            "experts": OperatorRule(_WEIGHTS, _ACTIVATIONS, _FLOATS, _GRANULARITIES),
             "embedding": OperatorRule(_WEIGHTS, frozenset({None}), _FLOATS, _GRANULARITIES),
+            "matmul": OperatorRule(frozenset(), _ACTIVATIONS - {None}, _FLOATS, frozenset()),
         },
         default_candidates=tuple(Precision(bits, 8) for bits in (2, 3, 4, 6, 8)),
+        # It computes operator by operator in float, so it fuses nothing and adds any two tensors.
+        joins=("shared_weight", "shared_input"),
     ),
     convert=convert_reference,
     description="packed codes and scales, dequantized and computed in float; any format",

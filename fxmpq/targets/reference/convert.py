@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,16 +13,16 @@ from torch import Tensor, fx, nn
 from fxmpq.formats import NumberFormat, Precision
 from fxmpq.granularity import PerBlock
 from fxmpq.graph.attributes import get_tensor
-from fxmpq.graph.batches import Batch
+from fxmpq.graph.batches import Batch, flat_inputs
 from fxmpq.graph.run import run_batch
-from fxmpq.graph.state import Layer, state_of
+from fxmpq.graph.state import Member, state_of
 from fxmpq.quantizers.codes import dequantize
 from fxmpq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 from fxmpq.quantizers.packing import pack_codes, unpack_codes
 from fxmpq.quantizers.scales import pack_scale, spread_scale, unpack_scale
 from fxmpq.targets.lowering import finish, lower, quantizer_of
 from fxmpq.targets.outcome import layer_reports
-from fxmpq.targets.target import Converted
+from fxmpq.targets.target import Converted, LayerValue
 
 SCHEMA = "fxmpq.reference"
 VERSION = 2
@@ -96,7 +96,33 @@ def convert_reference(graph: fx.GraphModule, output: Path | None) -> Converted:
     def run(batch: Batch) -> Sequence[Tensor]:
         return [leaf for leaf in run_batch(converted, batch) if isinstance(leaf, Tensor)]
 
-    return Converted("reference", run, converted, files, layer_reports(graph, _kernel))
+    def layer_values(batch: Batch) -> Sequence[LayerValue]:
+        return _LayerOutputs(converted, layers).collect(batch)
+
+    layers = {member.node: member.name for g in state_of(graph).groups for member in g.members}
+    reports = layer_reports(graph, _kernel)
+    return Converted("reference", run, converted, files, reports, layer_values=layer_values)
+
+
+class _LayerOutputs(fx.Interpreter):
+    """Runs a converted graph, whose nodes are named as in the planned one, and keeps outputs."""
+
+    def __init__(self, graph: fx.GraphModule, layers: Mapping[str, str]) -> None:
+        super().__init__(graph)
+        self._graph, self._layers = graph, layers
+        self._found: list[LayerValue] = []
+
+    def run_node(self, n: fx.Node) -> object:
+        result = super().run_node(n)
+        if n.name in self._layers and isinstance(result, Tensor):
+            self._found.append(LayerValue(self._layers[n.name], n.name, result))
+        return result
+
+    def collect(self, batch: Batch) -> list[LayerValue]:
+        """What each layer computes on a batch."""
+        with torch.no_grad():
+            self.run(*flat_inputs(self._graph, batch), enable_io_processing=False)
+        return self._found
 
 
 def _pack(
@@ -160,7 +186,8 @@ def _write(
     return (tensor_file, manifest_file)
 
 
-def _kernel(layer: Layer, precision: Precision) -> tuple[str, str]:
+def _kernel(member: Member, precision: Precision) -> tuple[str, str]:
     seen = "float" if precision.activation is None else precision.activation.name
-    assert precision.weight is not None
+    if precision.weight is None:
+        return f"float on {seen} operands", ""
     return f"float on dequantized {precision.weight.name} weights, {seen} input", ""

@@ -12,11 +12,11 @@ from torch import Tensor, fx, nn
 
 from fxmpq.formats import Precision
 from fxmpq.graph.run import run_batch
-from fxmpq.graph.state import copy_graph, require
+from fxmpq.graph.state import require
 from fxmpq.graph.switch import with_choices
 from fxmpq.graph.trace import trace
 from fxmpq.targets.convert import convert
-from fxmpq.targets.onnxruntime.convert import OnnxModel, _move_to_cpu
+from fxmpq.targets.onnxruntime.session import OnnxModel
 from fxmpq.targets.target import Converted
 
 Made = Callable[..., fx.GraphModule]
@@ -58,6 +58,10 @@ def made_bert(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Converted:
     return convert(planned_bert, output=tmp_path_factory.mktemp("bert"), verify=token_batches)
+
+
+def widened(bits: int) -> str:
+    return f"stored in {bits} bits, widened to 8 when the file is loaded"
 
 
 def executed(made: Converted) -> list[str]:
@@ -104,11 +108,11 @@ def test_the_residual_network_stays_in_integers(made: Converted) -> None:
 
 def test_every_layer_is_reported(made: Converted) -> None:
     assert [(row.layer, row.asked, row.kernel, row.reason) for row in made.layers] == [
-        ("stem.0", "w2a8", "QLinearConv", ""),
-        ("conv1", "w4a8", "QLinearConv", ""),
-        ("downsample.0", "w4a8", "QLinearConv", ""),
+        ("stem.0", "w2a8", "QLinearConv", widened(2)),
+        ("conv1", "w4a8", "QLinearConv", widened(4)),
+        ("downsample.0", "w4a8", "QLinearConv", widened(4)),
         ("conv2", "w8a8", "QLinearConv", ""),
-        ("fc", "w2a8", "MatMulIntegerToFloat", ""),
+        ("fc", "w2a8", "MatMulIntegerToFloat", widened(2)),
     ]
 
 
@@ -134,7 +138,7 @@ def test_bert_runs_on_integer_kernels_with_masks_and_lengths(
 def test_tables_are_looked_up_in_codes(made_bert: Converted) -> None:
     rows = {row.layer: row for row in made_bert.layers}
     table = rows["bert.embeddings.word_embeddings"]
-    assert (table.asked, table.kernel, table.reason) == ("w2", "Gather", "")
+    assert (table.asked, table.kernel, table.reason) == ("w2", "Gather", widened(2))
     floats = [row for row in made_bert.layers if row.kernel == "float"]
     assert len(floats) == 2
     assert all("fused attention" in row.reason for row in floats)
@@ -214,8 +218,13 @@ def test_branches_gates_and_a_layer_the_user_keeps(calibrated: Made, uniform: Ma
     rows = {row.layer: row for row in made.layers}
     for name in ("left", "right", "depthwise", "last"):
         assert rows[name].kernel == "QLinearConv"
-    assert rows["gate"].reason == "kept in float by the user"
-    assert "transposed convolution" in rows["upsample.conv_transpose2d"].reason
+    assert (rows["gate"].kernel, rows["gate"].reason) == ("float Conv", "kept in float by the user")
+    assert (rows["upsample"].asked, rows["upsample"].kernel) == ("w8", "float ConvTranspose")
+    expected = "no integer kernel: stored in 8 bits, float when the file is loaded"
+    assert rows["upsample"].reason == expected
+    assert "DequantizeLinear" not in {
+        node.op_type for node in made.module.executed.graph.node if "upsample" in str(node.input)
+    }
     assert "QLinearConcat" in executed(made)
 
 
@@ -254,20 +263,3 @@ def test_the_planned_graph_is_left_alone(
     assert not any(name.startswith(("codes_", "bias_codes", "quantizers.codes")) for name in names)
     assert {node.op for node in planned.graph.nodes} >= {"call_module", "get_attr"}
     assert len(made.run(images[0])) == 1
-
-
-def test_moving_to_the_cpu_moves_no_shared_tensor(planned: fx.GraphModule) -> None:
-    shared = copy_graph(planned)
-    with shared.graph.inserting_before(shared.graph.output_node()):
-        constant = shared.graph.call_function(
-            torch.ops.aten.zeros.default, ([2],), {"device": torch.device("meta")}
-        )
-    mine = dict(planned.named_parameters())
-    _move_to_cpu(shared)
-    assert constant.kwargs["device"] == torch.device("cpu")
-    moved = dict(shared.named_parameters())
-    assert mine
-    for name, parameter in mine.items():
-        assert moved[name] is not parameter
-        assert torch.equal(moved[name], parameter)
-        assert dict(planned.named_parameters())[name] is parameter

@@ -9,6 +9,7 @@ from torch import Tensor
 from fxmpq.formats import NumberFormat, Scheme
 from fxmpq.quantizers.integer import fake_quantize_activation
 from fxmpq.targets.onnxruntime import operators
+from fxmpq.targets.onnxruntime.blocks import dequantize_rows, pack_rows
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -38,10 +39,10 @@ def test_channels_are_dequantized_along_the_first_dimension() -> None:
 @pytest.mark.parametrize("shape", [(4, 6), (2, 3, 6)])
 def test_an_integer_linear_layer_is_the_dequantized_one(shape: tuple[int, ...]) -> None:
     x = (draw(*shape) * 40 + 128).clamp(0, 255).to(torch.uint8)
-    codes = (draw(6, 5, seed=1) * 50).clamp(-128, 127).to(torch.int8)
+    codes = (draw(5, 6, seed=1) * 50).clamp(-128, 127).to(torch.int8)
     scales, bias = draw(5, seed=2).abs(), draw(5, seed=3)
     found = operators.integer_linear(x, 0.03, 120, codes, scales, bias)
-    weight = codes.T.float() * scales[:, None]
+    weight = codes.float() * scales[:, None]
     expected = torch.nn.functional.linear((x.float() - 120) * 0.03, weight, bias)
     assert found.dtype is torch.float32
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-3)
@@ -54,7 +55,26 @@ def test_an_integer_embedding_scales_its_rows() -> None:
     assert found.tolist() == [[[0.0, 254.0], [0.5, -1.0]], [[0.5, -1.0], [0.5, -1.0]]]
 
 
+PACKED = pack_rows((draw(5, 24, seed=4) * 3).clamp(-8, 7).to(torch.int8), 4, 16)
+
+
+def test_a_block_linear_layer_is_the_dequantized_one() -> None:
+    x, scale, bias = draw(2, 3, 24), draw(5, 2, seed=5).abs(), draw(5, seed=6)
+    weight = dequantize_rows(PACKED, scale, 4, 16, 24)
+    for found in (None, bias):
+        result = operators.block_linear(x, PACKED, scale, found, 4, 16, 24, 5)
+        assert torch.equal(result, torch.nn.functional.linear(x, weight, found))
+
+
+def test_a_block_embedding_looks_up_dequantized_rows() -> None:
+    scale, indices = draw(5, 1, seed=5).abs(), torch.tensor([[4, 0, 4]])
+    found = operators.block_embedding(indices, PACKED, scale, 4, 16, 24)
+    assert torch.equal(found, dequantize_rows(PACKED, scale, 4, 16, 24)[indices])
+
+
 CALLS = {
+    "block_linear": (draw(2, 3, 24), PACKED, torch.ones(5, 2), torch.ones(5), 4, 16, 24, 5),
+    "block_embedding": (torch.zeros(2, 3, dtype=torch.long), PACKED, torch.ones(5, 2), 4, 16, 24),
     "quantize": (draw(3, 4), 0.1, 5),
     "dequantize": (torch.ones(3, 4, dtype=torch.uint8), 0.1, 5),
     "dequantize_channels": (torch.ones(3, 4, dtype=torch.int8), torch.ones(3)),
@@ -62,7 +82,7 @@ CALLS = {
         torch.ones(2, 3, 4, dtype=torch.uint8),
         0.1,
         5,
-        torch.ones(4, 6, dtype=torch.int8),
+        torch.ones(6, 4, dtype=torch.int8),
         torch.ones(6),
         torch.ones(6),
     ),
@@ -84,3 +104,20 @@ def test_shapes_and_types_are_known_before_running(name: str) -> None:
             *(leaf.to("meta") if isinstance(leaf, Tensor) else leaf for leaf in CALLS[name])
         )
     assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [((3, 4), (4, 2)), ((2, 3, 4), (2, 4, 5)), ((2, 1, 3, 4), (1, 5, 4, 2))],
+)
+def test_an_integer_product_is_that_of_the_dequantized_tensors(
+    left: tuple[int, ...], right: tuple[int, ...]
+) -> None:
+    x = (draw(*left) * 40 + 128).clamp(0, 255).to(torch.uint8)
+    y = (draw(*right, seed=1) * 40 + 90).clamp(0, 255).to(torch.uint8)
+    found = operators.integer_product(x, 0.03, 120, y, 0.5, 90)
+    expected = ((x.double() - 120) * 0.03) @ ((y.double() - 90) * 0.5)
+    assert found.dtype is torch.float32
+    assert torch.allclose(found.double(), expected, rtol=1e-6)
+    fake = operators.integer_product(x.to("meta"), 0.03, 120, y.to("meta"), 0.5, 90)
+    assert (fake.shape, fake.dtype) == (expected.shape, torch.float32)

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
@@ -11,7 +13,7 @@ from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.run import run_batch
 from fxmpq.graph.trace import trace
 from fxmpq.targets.onnxruntime import ONNXRUNTIME
-from fxmpq.targets.onnxruntime.rewrite import to_integer_operators
+from fxmpq.targets.onnxruntime.rewrite import _units_that_hold, to_integer_operators
 from fxmpq.targets.target import agreement_db
 
 Made = Callable[..., fx.GraphModule]
@@ -60,11 +62,15 @@ def test_no_module_is_left_and_codes_are_integers(planned: fx.GraphModule) -> No
     graph = rewritten(planned)
     assert not any(node.op == "call_module" for node in graph.graph.nodes)
     tensors = graph.state_dict()
-    codes = {name: tensor for name, tensor in tensors.items() if name.startswith("codes_4bit_")}
+    codes = {name: tensor for name, tensor in tensors.items() if name.startswith("codes_4bit")}
     assert len(codes) == 5
-    for tensor in codes.values():
+    for name, tensor in codes.items():
         assert tensor.dtype is torch.int8
-        assert -8 <= int(tensor.min()) <= int(tensor.max()) <= 7
+        # A convolution's are multiples of 8, so that its bias has finer units.
+        factor = 1 if "fc" in name else 8
+        assert name.startswith("codes_4bit_" if factor == 1 else "codes_4bit8_")
+        assert not (tensor % factor).any()
+        assert -8 * factor <= int(tensor.min()) <= int(tensor.max()) <= 7 * factor
     biases = [tensor for name, tensor in tensors.items() if name.startswith("bias_codes_")]
     assert [tensor.dtype for tensor in biases] == [torch.int32] * 4
     # What is left in float are scales and the linear layer's bias.
@@ -110,6 +116,30 @@ def test_nearly_dead_channels_keep_their_bias(
     assert agreement(graph, x) > 45
     codes = get_tensor(rewritten(graph), "bias_codes_0_weight_conv2d")
     assert int(codes.abs().max()) <= 2**30 + 64
+
+
+@given(
+    st.sampled_from([2, 4, 8]),
+    st.lists(st.floats(-50, 50), min_size=4, max_size=4),
+    st.lists(st.floats(-12, 2), min_size=4, max_size=4),
+    st.floats(1e-3, 1.0),
+)
+def test_units_hold_the_bias_and_are_as_fine_as_they_can(
+    bits: int, bias: list[float], exponents: list[float], input_scale: float
+) -> None:
+    scale, biases = torch.tensor(10.0) ** torch.tensor(exponents), torch.tensor(bias)
+    codes = torch.tensor([[0, 0], [1, -2], [1, 1], [-1, 0]])
+    finest = 2 ** (7 - bits) if bits < 8 else 1
+    factor, coarse = _units_that_hold(biases, codes, scale, input_scale, finest)
+    assert factor in {2**power for power in range(6)}
+    units = biases.double() / (coarse.double() / factor * input_scale)
+    assert float(units.abs().max()) <= 2**30 * (1 + 1e-6)
+    live = coarse[1:] >= scale[1:] * (1 - 1e-6)
+    assert bool(live.all())
+    if factor < finest:
+        # A factor twice as large would not hold the bias at these scales.
+        held = 2 * factor * biases.double().abs() / (input_scale * 2**30)
+        assert bool((held[1:] > scale[1:].double() * (1 - 1e-6)).any())
 
 
 class ComputedBias(nn.Module):

@@ -1,0 +1,66 @@
+"""Weights that are only stored in codes: dequantized once, when the runtime loads the file."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+_INTEGER_KERNELS = frozenset({"Conv"})
+"""Operators that the runtime runs on integers if their weights are dequantized by an operator."""
+
+
+def dequantize_when_loaded(model: ir.Model) -> None:
+    """Write a stored weight's dequantization as a cast and a product, in place.
+
+    The runtime never folds `DequantizeLinear`, which would take its time in every run. A cast and
+    a product of constants are folded when it loads the file, so that an operator without an
+    integer kernel runs as fast as with float weights, from a file as small as its codes.
+
+    Args:
+        model: Whose weights are dequantized by `DequantizeLinear` on `int8` initializers.
+    """
+    for node in list(model.graph):
+        if node.op_type != "DequantizeLinear" or node.domain or not _is_weight(node):
+            continue
+        result = node.outputs[0]
+        if any(user.op_type in _INTEGER_KERNELS for user, _ in result.uses()):
+            continue
+        codes, scale = node.inputs[0], node.inputs[1]
+        assert codes is not None
+        assert scale is not None
+        spread = _spread(model, scale, codes, node.attributes.get_int("axis", 1))
+        cast = ir.node("Cast", [codes], attributes={"to": ir.DataType.FLOAT})
+        product = ir.node("Mul", [cast.outputs[0], spread.outputs[0]])
+        spread.outputs[0].name = f"{result.name}_scale"
+        cast.outputs[0].name = f"{result.name}_float"
+        name, real = result.name, product.outputs[0]
+        for user, position in list(result.uses()):
+            user.replace_input_with(position, real)
+        model.graph.insert_before(node, [spread, cast, product])
+        model.graph.remove(node, safe=True)
+        real.name = name
+
+
+def _is_weight(node: ir.Node) -> bool:
+    codes, scale = node.inputs[0], node.inputs[1]
+    if codes is None or scale is None or codes.const_value is None:
+        return False
+    return codes.dtype is ir.DataType.INT8 and scale.is_initializer()
+
+
+def _spread(model: ir.Model, scale: ir.Value, codes: ir.Value, axis: int) -> ir.Node:
+    """A node that gives the scales, one a channel, a shape that broadcasts against the codes."""
+    assert codes.const_value is not None
+    others = [other for other in range(len(codes.const_value.shape)) if other != axis]
+    name = f"all_but_{axis}_of_{len(others) + 1}"
+    axes = model.graph.initializers.get(name)
+    if axes is None:
+        tensor = ir.tensor(np.array(others, np.int64), name=name)
+        axes = ir.Value(
+            name=name,
+            type=ir.TensorType(ir.DataType.INT64),
+            shape=ir.Shape([len(others)]),
+            const_value=tensor,
+        )
+        model.graph.initializers[name] = axes
+    return ir.node("Unsqueeze", [scale, axes])

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from fxmpq.graph.trace import trace
+from fxmpq.steps import apply
+from fxmpq.targets.convert import convert
+from fxmpq.targets.onnxruntime.exportable import make_exportable
+
+aten = torch.ops.aten
+
+
+class Complement(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.fc(x) * torch.rsub(mask.unsqueeze(-1), 1.0) + torch.rsub(x, 2)
+
+
+@pytest.fixture(name="batch")
+def make_batch() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {"x": torch.randn(3, 4, generator=generator), "mask": torch.tensor([0, 1, 0])}
+
+
+@pytest.fixture(name="graph")
+def make_graph(batch: dict[str, Tensor]) -> fx.GraphModule:
+    torch.manual_seed(0)
+    return trace(Complement().eval(), batch)
+
+
+def test_a_number_minus_a_tensor_is_written_as_a_sum_with_the_same_bits(
+    graph: fx.GraphModule, batch: dict[str, Tensor]
+) -> None:
+    expected = graph(**batch)
+    assert make_exportable(graph) == 2
+    assert not [node for node in graph.graph.nodes if node.target is aten.rsub.Scalar]
+    assert torch.equal(graph(**batch), expected)
+    graph.graph.lint()
+
+
+def test_a_factor_is_kept_and_rounded_by_itself() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.rsub(x, 2, alpha=3)
+
+    x = torch.tensor([[0.1, -0.7], [1e4, 0.0]])
+    graph = trace(Scaled().eval(), x)
+    assert make_exportable(graph) == 1
+    assert torch.equal(graph(x), -(3 * x) + 2)
+
+
+def test_what_the_exporter_takes_is_left_as_it_is(batch: dict[str, Tensor]) -> None:
+    graph = trace(nn.Linear(4, 4).eval(), batch["x"])
+    code = graph.code
+    assert make_exportable(graph) == 0
+    assert graph.code == code
+
+
+def test_the_converted_model_runs_at_another_batch_size(
+    graph: fx.GraphModule, batch: dict[str, Tensor], calibrated
+) -> None:
+    ready = calibrated(graph, [batch], "onnxruntime")
+    planned = apply(ready, {"fc": "w8a8"})
+    converted = convert(planned, verify=[{name: value[:2] for name, value in batch.items()}])
+    assert converted.sqnr_db > 60
