@@ -21,7 +21,9 @@ from fxmpq.callbacks.strategies import check_strategy, share_plan
 from fxmpq.callbacks.surgery import find_submodule
 from fxmpq.errors import FxmpqError
 from fxmpq.formats import Precision
-from fxmpq.pipeline import Quantized, quantize
+from fxmpq.graph.patterns import Ties, read_ties
+from fxmpq.pipeline import quantize
+from fxmpq.quantized import Quantized
 from fxmpq.refinement.refine import check_refinement
 from fxmpq.sensitivity.measure import reads_labels
 from fxmpq.solver.budget import Budget
@@ -55,7 +57,8 @@ class MixedPrecisionCallback(Callback):
     processes only: the plan is in `plan.json`, and `fit` is refused.
 
     Args:
-        target: A target's name, as `reference` or `onnxruntime`.
+        target: A target's name, as `reference` or `onnxruntime`, or a TOML file that describes
+            one, as `npu.toml`.
         budget: As `"weights=15%"`, `"weights=1.5MB,bops=10%"`, `"avg_weight_bits=4.5"`.
         calibration: Batches as the module's step takes them, a loader for instance.
         calibration_batches: How many batches to take at most.
@@ -70,6 +73,8 @@ class MixedPrecisionCallback(Callback):
         keep: Layers that must have a precision, as `{"classifier": "w8a8"}`; layer names are
             those within the sub-module.
         exclude: Layers that stay float.
+        ties: Layers that share a precision: each entry a pattern on their names, or several.
+        products: Whether products of two activations, as in attention, are quantized too.
         refine: A recipe or method of refinement, as `light` or `advanced`, which the plan's graph
             goes through on the calibration batches; `None` for none.
         report_dir: Where to write `plan.json`; `trainer.log_dir` if `None`.
@@ -94,7 +99,7 @@ class MixedPrecisionCallback(Callback):
 
     def __init__(
         self,
-        target: str | Target = "onnxruntime",
+        target: str | Path | Target = "onnxruntime",
         budget: str | Mapping[str, object] | Budget = "weights=15%",
         *,
         calibration: Iterable[object] | None = None,
@@ -105,6 +110,8 @@ class MixedPrecisionCallback(Callback):
         program: str | None = None,
         keep: Mapping[str, str | Precision] | None = None,
         exclude: Sequence[str] = (),
+        ties: Ties = (),
+        products: bool = False,
         refine: str | None = None,
         report_dir: str | Path | None = None,
         **options: object,
@@ -118,11 +125,14 @@ class MixedPrecisionCallback(Callback):
         self._source = CalibrationSource(calibration, calibration_batches)
         self._candidates = None if candidates is None else [Precision.parse(c) for c in candidates]
         self._keep = {pattern: Precision.parse(entry) for pattern, entry in (keep or {}).items()}
-        self._target.rules.check([*(self._candidates or ()), *self._keep.values()])
+        wanted = [*(self._candidates or ()), *self._keep.values()]
+        self._target.rules.check(wanted, products=products)
         self._slot = NetworkSlot(module)
         self._method = method
         self._program = program
         self._exclude = tuple(exclude)
+        self._ties = read_ties(ties)
+        self._products = products
         self._refine = refine
         self._report_dir = report_dir
         self._options = options
@@ -243,6 +253,8 @@ class MixedPrecisionCallback(Callback):
             labelled=labelled,
             keep=self._keep,
             exclude=self._exclude,
+            ties=self._ties,
+            products=self._products,
             refine=self._refine,
             progress=shows_progress(trainer),
             **options,  # type: ignore[arg-type]  # names checked on construction

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-from fxmpq.pipeline import Quantized
+from fxmpq.quantized import Quantized
 from fxmpq.solver.plan import Plan
 
 _SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)

@@ -51,6 +51,8 @@ def prepared_graph(
         candidates=recipe.candidates,
         keep=recipe.keep,
         exclude=recipe.exclude,
+        ties=recipe.ties,
+        products=recipe.products,
     )
 
 

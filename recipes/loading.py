@@ -11,19 +11,25 @@ from fxmpq.graph.batches import Batch
 from fxmpq.recipes.fashion_mnist import embedded_subset
 from fxmpq.recipes.models.resnet20 import pretrained
 from fxmpq.recipes.schema import (
+    LANGUAGE,
     EmbeddedData,
     EmbeddedModel,
+    FilesData,
+    HubData,
     Recipe,
     RecipeError,
     Task,
     TransformersModel,
 )
 from fxmpq.recipes.table_data import load_splits, preprocessor, to_batches
+from fxmpq.recipes.token_sequences import load_sequences
+from fxmpq.recipes.token_sequences import to_batches as sequence_batches
 from fxmpq.sensitivity.measure import METHODS
 
 _CLASSES = {
     "image-classification": transformers.AutoModelForImageClassification,
     "text-classification": transformers.AutoModelForSequenceClassification,
+    LANGUAGE: transformers.AutoModelForCausalLM,
 }
 
 
@@ -34,12 +40,13 @@ class Loaded:
     Args:
         model: In evaluation mode.
         calibration: Batches of what the model takes.
-        calibration_labels: Classes of the calibration samples, int64; empty unless the recipe's
-            method needs them.
+        calibration_labels: Classes of the calibration samples, or a language model's token ids,
+            int64; empty unless the recipe's method needs them.
         test: Batches of what the model takes.
-        labels: Classes of the test samples, int64.
+        labels: The same of the test samples.
         model_text: Which model, for people.
         data_text: Which data, for people.
+        metric: What is measured on the test samples, a key of `METRICS`.
     """
 
     model: nn.Module
@@ -49,6 +56,7 @@ class Loaded:
     labels: Tensor
     model_text: str
     data_text: str
+    metric: str = "accuracy"
 
 
 def load(recipe: Recipe) -> Loaded:
@@ -68,6 +76,8 @@ def load(recipe: Recipe) -> Loaded:
         return _load_embedded(recipe.data)
     assert not isinstance(recipe.data, EmbeddedData)
     model = load_transformers_model(recipe.model)
+    if recipe.model.task == LANGUAGE:
+        return _load_language(recipe.model, model, recipe.data, recipe)
     prepare = preprocessor(recipe.model, model, recipe.data)
     calibration, test = load_splits(recipe.data, recipe.seed)
     size = recipe.data.batch_size
@@ -86,7 +96,7 @@ def load(recipe: Recipe) -> Loaded:
 
 
 def load_transformers_model(section: TransformersModel) -> nn.Module:
-    """Load a classifier from the hub or a local folder, from safetensors only.
+    """Load a model from the hub or a local folder, from safetensors only.
 
     Args:
         section: Of the recipe.
@@ -114,6 +124,23 @@ def load_transformers_model(section: TransformersModel) -> nn.Module:
             "save_pretrained, with weights in safetensors"
         ) from error
     return model.eval()
+
+
+def _load_language(
+    section: TransformersModel, model: nn.Module, data: HubData | FilesData, recipe: Recipe
+) -> Loaded:
+    calibration, test = load_sequences(section, model, data, recipe.seed)
+    is_labelled = METHODS[recipe.method].labels
+    return Loaded(
+        model,
+        sequence_batches(calibration, data.batch_size),
+        calibration if is_labelled else calibration[:0],
+        sequence_batches(test, data.batch_size),
+        test,
+        model_text=f"{section.name} ({type(model).__name__})",
+        data_text=data.describe(),
+        metric="perplexity",
+    )
 
 
 def _load_embedded(data: EmbeddedData) -> Loaded:

@@ -11,9 +11,11 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from fxmpq.pipeline import Quantized, quantize, refine_folder
+from fxmpq.pipeline import quantize, refine_folder
+from fxmpq.quantized import Quantized
 from fxmpq.recipes.loading import Loaded, load
-from fxmpq.recipes.schema import Recipe, RecipeError
+from fxmpq.recipes.schema import LANGUAGE, Recipe, RecipeError
+from fxmpq.recipes.token_sequences import language_loss
 from fxmpq.refinement.refine import check_refinement
 from fxmpq.report.build import build_report
 from fxmpq.report.html import save_html
@@ -79,6 +81,7 @@ def _run(recipe: Recipe, options: Mapping[str, Any], output: Path, console: Cons
         loaded.test,
         loaded.labels,
         title=recipe.title or loaded.model_text,
+        metric=loaded.metric,
         model=loaded.model_text,
         data=loaded.data_text,
         calibration_samples=recipe.data.calibration_samples,
@@ -109,11 +112,13 @@ def method_options(recipe: Recipe) -> dict[str, object]:
     losses: dict[str, object] = {}
     if "loss" in recipe.options:
         raise RecipeError(
-            "a recipe names no loss: it is the cross-entropy of the calibration samples' labels. "
+            "a recipe names no loss: it is the cross-entropy of the calibration samples' labels "
+            "or next tokens. "
             "Leave out options.loss"
         )
     if recipe.method in METHODS and METHODS[recipe.method].labels:
-        losses["loss"] = classification_loss
+        is_language = recipe.model.source == "transformers" and recipe.model.task == LANGUAGE
+        losses["loss"] = language_loss if is_language else classification_loss
     check_method(recipe.method, [*recipe.options, *losses])
     legal = option_names(recipe.method)
     seeds: Mapping[str, object] = {"seed": recipe.seed} if "seed" in legal else {}
@@ -142,6 +147,8 @@ def _search(recipe: Recipe, loaded: Loaded, options: Mapping[str, Any], journal:
         labelled=_labelled(loaded) if "loss" in options else None,
         keep=recipe.keep,
         exclude=recipe.exclude,
+        ties=recipe.ties,
+        products=recipe.products,
         ranges=recipe.ranges,
         weight_scales=recipe.weight_scales,
         bias_correction=recipe.bias_correction,
@@ -152,7 +159,7 @@ def _search(recipe: Recipe, loaded: Loaded, options: Mapping[str, Any], journal:
 
 
 def _labelled(loaded: Loaded) -> list[object]:
-    """The calibration batches with their labels, as `classification_loss` takes them."""
+    """The calibration batches with their labels, as the recipes' losses take them."""
     start = 0
     found: list[object] = []
     for batch in loaded.calibration:

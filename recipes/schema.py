@@ -20,12 +20,14 @@ from pydantic import (
 
 from fxmpq.calibration.options import read_ranges, read_weight_scales
 from fxmpq.errors import FxmpqError
+from fxmpq.explain import explain
 from fxmpq.formats import Precision
+from fxmpq.graph.patterns import read_ties
 from fxmpq.quantizers.rule import RuleChoice
-from fxmpq.recipes.explain import explain
 from fxmpq.solver.budget import Budget
 
-Task = Literal["image-classification", "text-classification"]
+LANGUAGE = "language-modelling"
+Task = Literal["image-classification", "text-classification", "language-modelling"]
 
 
 class RecipeError(FxmpqError):
@@ -53,6 +55,7 @@ RangesText = Annotated[
 WeightScalesText = Annotated[
     InstanceOf[RuleChoice], BeforeValidator(read_weight_scales), PlainSerializer(_write_rule)
 ]
+TiesText = Annotated[tuple[tuple[str, ...], ...], BeforeValidator(read_ties)]
 PrecisionName = Annotated[str, AfterValidator(_read_precision)]
 
 
@@ -75,12 +78,13 @@ class EmbeddedModel(_Section):
 
 
 class TransformersModel(_Section):
-    """A trained classifier in transformers' format, its weights in safetensors.
+    """A trained model in transformers' format, its weights in safetensors.
 
     Attributes:
         source: `transformers`.
         name: A hub name, as `microsoft/resnet-18`, or a local folder.
-        task: What it does; decides how its data is prepared.
+        task: What it does; decides how its data is prepared, and whether accuracy or, for
+            `language-modelling`, perplexity is measured.
         revision: Branch, tag or commit on the hub.
     """
 
@@ -91,7 +95,7 @@ class TransformersModel(_Section):
 
 
 class _Data(_Section):
-    """What every source of data has.
+    """What every source of data has; a language model's samples are sequences of tokens.
 
     Attributes:
         calibration_samples: Samples for the search; most methods leave their labels unread.
@@ -123,7 +127,8 @@ class _Columns(_Data):
     Attributes:
         input_columns: The image's column; or the text's, two of them for pairs of sentences.
         label_column: Class numbers, or names that the model's configuration lists.
-        max_length: Tokens a text is padded or cut to.
+        max_length: Tokens a text is padded or cut to; of a language model's sequence, to which
+            joined texts are cut.
     """
 
     input_columns: tuple[str, ...] = Field(min_length=1, max_length=2)
@@ -161,14 +166,14 @@ class FilesData(_Columns):
 
     Attributes:
         source: `files`.
-        format: `csv`, `json` (an object a line), `parquet`, or `imagefolder`: a folder for
-            each class, with its images.
+        format: `csv`, `json` (an object a line), `parquet`, `text` (with the column `text`), or
+            `imagefolder`: a folder for each class, with its images.
         calibration: File or, for `imagefolder`, folder the search takes its samples from.
         test: File or folder the figures are measured on.
     """
 
     source: Literal["files"]
-    format: Literal["csv", "json", "parquet", "imagefolder"]
+    format: Literal["csv", "json", "parquet", "text", "imagefolder"]
     calibration: Path
     test: Path
 
@@ -195,6 +200,9 @@ class Recipe(_Section):
         program: Form of the bit-width program; the method's own if `None`.
         keep: Layer pattern to the precision it must have.
         exclude: Patterns of layers that stay float.
+        ties: Layers that share a precision: each entry a pattern on their names, or a list of
+            several.
+        products: Whether products of two activations, as in attention, are quantized too.
         options: Of the method, as `probes`.
         ranges: Rule of the activation ranges, as `percentile`, or a mapping with its options, as
             `{rule: percentile, percentile: 99.9}`.
@@ -219,6 +227,8 @@ class Recipe(_Section):
     program: str | None = None
     keep: dict[str, PrecisionName] = Field(default_factory=dict)
     exclude: tuple[str, ...] = ()
+    ties: TiesText = ()
+    products: bool = False
     options: dict[str, int | float | str | bool] = Field(default_factory=dict)
     ranges: RangesText = read_ranges("mse")
     weight_scales: WeightScalesText = read_weight_scales("mse")

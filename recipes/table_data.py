@@ -94,7 +94,7 @@ def preprocessor(
     assert isinstance(config, transformers.PretrainedConfig)
     classes = {str(name): int(number) for name, number in (config.label2id or {}).items()}
     if section.task == "text-classification":
-        tokenizer = _from_pretrained(transformers.AutoTokenizer, "tokenizer", section)
+        tokenizer = from_pretrained(transformers.AutoTokenizer, "tokenizer", section)
         longest = getattr(config, "max_position_embeddings", data.max_length)
         if data.max_length > longest:
             raise RecipeError(
@@ -118,7 +118,7 @@ def preprocessor(
             f"an image model takes one input column; data.input_columns names "
             f"{', '.join(data.input_columns)}"
         )
-    processor = _from_pretrained(transformers.AutoImageProcessor, "image processor", section)
+    processor = from_pretrained(transformers.AutoImageProcessor, "image processor", section)
     (column,) = data.input_columns
     mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
 
@@ -148,6 +148,31 @@ def load_splits(data: HubData | FilesData, seed: int) -> tuple[datasets.Dataset,
     Raises:
         RecipeError: If data or columns are not there, or there are too few samples.
     """
+    calibration, test = load_tables(data)
+    if len(calibration) < data.calibration_samples:
+        raise RecipeError(
+            f"asked for {data.calibration_samples} calibration samples; {data.describe()} has "
+            f"{len(calibration)}"
+        )
+    wanted = len(test) if data.test_samples is None else min(data.test_samples, len(test))
+    return _draw(calibration, data.calibration_samples, seed), _draw(test, wanted, seed)
+
+
+def load_tables(
+    data: HubData | FilesData, *, labelled: bool = True
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Load all calibration and all test samples.
+
+    Args:
+        data: The data's part of the recipe.
+        labelled: Whether the test samples must have labels.
+
+    Returns:
+        The calibration and the test table.
+
+    Raises:
+        RecipeError: If data or columns are not there.
+    """
     try:
         if isinstance(data, HubData):
             calibration, test = (
@@ -160,7 +185,9 @@ def load_splits(data: HubData | FilesData, seed: int) -> tuple[datasets.Dataset,
                 "calibration": f"{_existing(data.calibration)}{suffix}",
                 "test": f"{_existing(data.test)}{suffix}",
             }
-            tables = datasets.load_dataset(data.format, data_files=files)
+            # Paragraphs of a text file, with the line breaks inside them, are its rows.
+            options = {"sample_by": "paragraph"} if data.format == "text" else {}
+            tables = datasets.load_dataset(data.format, data_files=files, **options)
             calibration, test = tables["calibration"], tables["test"]
     except RecipeError:
         raise
@@ -168,9 +195,10 @@ def load_splits(data: HubData | FilesData, seed: int) -> tuple[datasets.Dataset,
     except Exception as error:
         cause = str(error.__cause__ or error).strip().splitlines() or ["no message"]
         raise RecipeError(f"cannot load {data.describe()}: {cause[0]}") from error
+    labels = (data.label_column,) if labelled else ()
     for table, columns in (
         (calibration, data.input_columns),
-        (test, (*data.input_columns, data.label_column)),
+        (test, (*data.input_columns, *labels)),
     ):
         for column in columns:
             if column not in table.column_names:
@@ -178,13 +206,7 @@ def load_splits(data: HubData | FilesData, seed: int) -> tuple[datasets.Dataset,
                     f"{data.describe()} has no column {column!r}; closest: "
                     f"{closest(column, table.column_names)}"
                 )
-    if len(calibration) < data.calibration_samples:
-        raise RecipeError(
-            f"asked for {data.calibration_samples} calibration samples; {data.describe()} has "
-            f"{len(calibration)}"
-        )
-    wanted = len(test) if data.test_samples is None else min(data.test_samples, len(test))
-    return _draw(calibration, data.calibration_samples, seed), _draw(test, wanted, seed)
+    return calibration, test
 
 
 def to_batches(
@@ -225,7 +247,12 @@ def _prepared(table: datasets.Dataset, rows: slice, prepare: Preprocessor) -> Ba
         ) from error
 
 
-def _from_pretrained(loader: Any, what: str, section: TransformersModel) -> Any:  # noqa: ANN401
+def from_pretrained(loader: Any, what: str, section: TransformersModel) -> Any:  # noqa: ANN401
+    """Load what belongs to a model, as its tokenizer, and run no code of its own.
+
+    Raises:
+        RecipeError: If there is none.
+    """
     try:
         return loader.from_pretrained(
             section.name, revision=section.revision, trust_remote_code=False

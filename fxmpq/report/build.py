@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from fxmpq.graph.batches import Batch
-from fxmpq.pipeline import Quantized
+from fxmpq.graph.state import state_of
+from fxmpq.quantized import Quantized
 from fxmpq.report.compare import compare
 from fxmpq.report.environment import environment
 from fxmpq.report.layers import layer_rows
@@ -23,6 +24,7 @@ def build_report(
     labels: Tensor,
     *,
     title: str,
+    metric: str = "accuracy",
     model: str = "",
     data: str = "",
     calibration_samples: int = 0,
@@ -35,8 +37,10 @@ def build_report(
     Args:
         quantized: From `quantize`.
         batches: Test data, what the model takes.
-        labels: Classes, int64 `[samples of all batches]`.
+        labels: What the metric takes, for the samples of all batches: classes, int64 `[samples]`,
+            or token ids, int64 `[samples, length]`.
         title: One line.
+        metric: A key of `METRICS`, `accuracy` or `perplexity`.
         model: Which model, for people.
         data: Which data, for people.
         calibration_samples: Number of samples the search saw.
@@ -51,7 +55,9 @@ def build_report(
         BatchError: If batches or labels do not fit the model.
         TargetError: If a conversion disagrees with its simulation.
     """
-    comparison = compare(quantized, batches, labels, uniform=uniform, output=output, say=say)
+    comparison = compare(
+        quantized, batches, labels, metric=metric, uniform=uniform, output=output, say=say
+    )
     say("solving along the trade-off curve")
     plan, converted = quantized.plan, comparison.converted
     return Report(
@@ -59,6 +65,7 @@ def build_report(
         entries=comparison.entries,
         model=model,
         data=data,
+        metric=metric,
         target=converted.target,
         budget=plan.budget or "",
         method=plan.method or "",
@@ -75,4 +82,5 @@ def build_report(
         search_seconds=dict(quantized.seconds),
         environment=environment(),
         files={path.name: path.stat().st_size for path in converted.files},
+        fixed_sizes=state_of(quantized.graph).fixed_sizes,
     )

@@ -6,17 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxmpq.costs.table import CostTable
+from fxmpq.errors import BatchError
 from fxmpq.formats import Precision
 from fxmpq.graph.batches import Batch, batch_size, materialize
 from fxmpq.graph.run import run_batch
 from fxmpq.graph.state import copy_graph, require, with_state
-from fxmpq.pipeline import Quantized
+from fxmpq.quantized import Quantized
 from fxmpq.report.latency import latency_ms, use_threads
-from fxmpq.report.metrics import accuracy, collect_outputs, output_sqnr_db
+from fxmpq.report.metrics import METRICS, Tally, collect_outputs
 from fxmpq.report.report import Entry, finite_or_none
 from fxmpq.steps import apply
 from fxmpq.targets.convert import convert
@@ -45,6 +47,7 @@ def compare(
     batches: Sequence[Batch],
     labels: Tensor,
     *,
+    metric: str = "accuracy",
     uniform: Sequence[str] | None = None,
     output: str | Path | None = None,
     say: Callable[[str], None] = lambda _: None,
@@ -59,7 +62,9 @@ def compare(
     Args:
         quantized: From `quantize`.
         batches: Test data, what the model takes.
-        labels: Classes, int64 `[samples of all batches]`.
+        labels: What the metric takes, for the samples of all batches: classes, int64 `[samples]`,
+            or token ids, int64 `[samples, length]`.
+        metric: A key of `METRICS`.
         uniform: Precisions for the uniform plans; those of `uniform_precisions` if `None`.
             A group that lacks one takes its nearest, as `CostTable.uniform` says.
         output: Folder to write the converted mixed model to.
@@ -73,8 +78,9 @@ def compare(
         TargetError: If a conversion disagrees with its simulation.
     """
     found = materialize(batches, what="test")
-    reference = collect_outputs(lambda batch: run_batch(quantized.calibrated, batch), found)
-    accuracy(reference, labels)  # labels that do not fit are refused before any conversion
+    tested = _with_labels(found, labels)
+    # Labels that do not fit are refused before any conversion.
+    Tally(METRICS[metric]).add(_float_outputs(quantized, found[0]), tested[0][1])
     names = uniform_precisions(quantized.costs) if uniform is None else uniform
     plans = {str(Precision.parse(name)): quantized.costs.uniform(name) for name in names}
     graphs = {
@@ -86,26 +92,44 @@ def compare(
     sample = _one_sample(quantized.calibrated, found[0])
     with use_threads(1):
         converted: dict[str, Converted] = {}
-        scores: dict[str, tuple[float, float]] = {}
         for name, graph in graphs.items():
-            say(f"converting and testing {name}")
+            say(f"converting {name}")
             written = output if name == MIXED else None
-            converted[name] = convert(graph, output=written, verify=found[:1])
-            outputs = collect_outputs(converted[name].run, found)
-            scores[name] = (accuracy(outputs, labels), output_sqnr_db(reference, outputs))
+            converted[name] = convert(graph, quantized.target, written, verify=found[:1])
+        say(f"testing on {len(labels):,} samples")
+        tallies = {name: Tally(METRICS[metric]) for name in converted}
+        # A batch goes through all of them at once: outputs of all batches may be too large to keep.
+        for batch, part in tested:
+            reference = _float_outputs(quantized, batch)
+            for name, tally in tallies.items():
+                (outputs,) = collect_outputs(converted[name].run, [batch])
+                tally.add(outputs, part, reference)
         say("measuring latency")
         times = latency_ms({name: model.run for name, model in converted.items()}, sample)
     entries = {
         name: Entry(
-            accuracy=share,
-            sqnr_db=finite_or_none(decibels),
+            score=tally.value,
+            sqnr_db=finite_or_none(tally.sqnr_db),
             weight_bytes=_total(quantized.costs, "weights", plans.get(name)),
             bops=_total(quantized.costs, "bops", plans.get(name)),
             latency_ms=times[name],
         )
-        for name, (share, decibels) in scores.items()
+        for name, tally in tallies.items()
     }
     return Comparison(entries, converted[MIXED], batch_size(pytree.tree_leaves(sample)))
+
+
+def _with_labels(batches: Sequence[Batch], labels: Tensor) -> list[tuple[Batch, Tensor]]:
+    """Each batch with the labels of its samples."""
+    sizes = [batch_size(pytree.tree_leaves(batch)) for batch in batches]
+    if len(labels) != sum(sizes):
+        raise BatchError(f"there are {len(labels)} labels for {sum(sizes)} samples")
+    return list(zip(batches, torch.split(labels, sizes), strict=True))
+
+
+def _float_outputs(quantized: Quantized, batch: Batch) -> list[Tensor]:
+    (found,) = collect_outputs(lambda batch: run_batch(quantized.calibrated, batch), [batch])
+    return found
 
 
 def _simulated(
@@ -121,7 +145,7 @@ def uniform_precisions(costs: CostTable) -> tuple[str, ...]:
     """The precisions worth a uniform plan: every candidate, from many bits to few.
 
     Float is left out, and so is a weight-only precision that is only the half of another, as
-    an embedding's `w4` is of `w4a8`.
+    an embedding's `w4` is of `w4a8`, and what only products of activations take, as `a8`.
 
     Examples:
         >>> costs = CostTable({"weights": {"a": {"w4": 5, "w8": 9}, "b": {"w4a8": 5, "w8a8": 9}}})
@@ -130,7 +154,7 @@ def uniform_precisions(costs: CostTable) -> tuple[str, ...]:
     """
     found = {Precision.parse(name) for group in costs.groups for name in costs.precisions(group)}
     halves = {entry.weight_only for entry in found if entry.activation_bits is not None}
-    wanted = [entry for entry in found if not entry.is_float and entry not in halves]
+    wanted = [entry for entry in found if entry.weight is not None and entry not in halves]
     return tuple(str(entry) for entry in sorted(wanted, key=lambda e: e.sort_key, reverse=True))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = ("fxmpq", "torch", "mip", "numpy", "transformers", "onnx", "onnxruntime")
+_PACKAGES = ("fxmpq", "torch", "mip", "numpy", "transformers", "onnx", "onnxruntime", "openvino")
 _CPU_INFO = Path("/proc/cpuinfo")
 
 

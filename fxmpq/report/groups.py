@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from rich.markup import escape
 from rich.tree import Tree
@@ -10,26 +11,28 @@ from torch import fx
 
 from fxmpq.costs.weights import weight_bytes
 from fxmpq.formats import Precision
+from fxmpq.graph.findings import Missed
+from fxmpq.graph.joins import describe_join
 from fxmpq.graph.layers import place_of
-from fxmpq.graph.operators import OPERATORS, argument
-from fxmpq.graph.state import GraphState, Group, Layer, LeftFloat, require
+from fxmpq.graph.state import GraphState, Group, Layer, LeftFloat, Member, require
 from fxmpq.quantizers.modules import ActivationQuantizer
+from fxmpq.report.sizes import fixed_size_lines
 from fxmpq.report.wording import counted, percent
-from fxmpq.targets.registry import TARGETS
-
-Nodes = Mapping[str, fx.Node]
 
 _FLOAT = Precision()
+_INDENT = 4
 
 
 def describe_groups(graph: fx.GraphModule) -> Tree:
     """Show what a prepared graph can be quantized to, for the terminal.
 
-    A branch for each group: its operator and the activation that the target fuses into it, its
-    candidates (the chosen one as `>w4a8<`, once a plan is applied), the weights' size in float and
-    in fewest bits, and multiply-accumulates for one sample. Under it stand its layers, if there
-    are several, with why they share a precision, and the tensors that are stored quantized. The
-    last branch is what stays in float, by reason.
+    A branch for each group: its operator with what the target fuses into it, as `conv-relu`, and
+    the weight's shape; its candidates (the chosen one as `>w4a8<`, once a plan is applied); the
+    weights' size in float and in fewest bits; and multiply-accumulates for one sample. Under it
+    stand its layers and products, if there are several, with why they share a precision; rules of
+    the target that did not fire, with the reason; and the tensors that are stored quantized. The
+    last branches are tensors of one range, if the target wants any, what stays in float, by
+    reason, and sizes of samples and sequences that the export fixed, with its reason.
 
     Args:
         graph: From `prepare` or a later step.
@@ -40,118 +43,190 @@ def describe_groups(graph: fx.GraphModule) -> Tree:
     Raises:
         FxmpqError: If the graph has no groups yet.
     """
-    state = require(graph, stage="prepared")
-    nodes = {node.name: node for node in graph.graph.nodes}
-    quantized = [group for group in state.groups if group.candidates != (_FLOAT,)]
-    tree = Tree(_heading(state, quantized))
-    for group in quantized:
-        branch = tree.add(_group_line(group, nodes, state))
-        if len(group.layers) > 1:
-            for layer in group.layers:
-                branch.add(_member_line(layer, group, nodes, state))
-        for formats, places in _stored(graph, group).items():
+    return _Drawing(graph).tree()
+
+
+class _Drawing:
+    """Draws a graph's groups, columns aligned.
+
+    Args:
+        graph: A prepared graph.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        state = require(graph, stage="prepared")
+        self._graph, self._state = graph, state
+        self._groups = [group for group in state.groups if group.candidates != (_FLOAT,)]
+        self._fusions = {fusion.layer: fusion.name for fusion in state.fusions if fusion.layer}
+        self._results = {f.nodes[-1]: f.name for f in state.fusions if not f.layer}
+        self._missed: dict[str, list[Missed]] = {}
+        for entry in state.missed:
+            self._missed.setdefault(entry.place, []).append(entry)
+        self._calls = {node.target: node for node in graph.graph.find_nodes(op="call_module")}
+        self._width = self._widths()
+
+    def tree(self) -> Tree:
+        """The whole of it."""
+        tree = Tree(_heading(self._state, self._groups))
+        for group in self._groups:
+            self._add_group(tree, group)
+        self._add_shared_ranges(tree)
+        if self._state.left_float:
+            _add_left_float(tree, self._state)
+        if self._state.fixed_sizes:
+            branch = tree.add("[bold]sizes that are fixed[/]")
+            for line in fixed_size_lines(self._state.fixed_sizes):
+                branch.add(escape(line))
+        return tree
+
+    def _widths(self) -> tuple[int, ...]:
+        """Of a name, an operator, the candidates and a size."""
+        rows: list[tuple[str, ...]] = [self._cells(group) for group in self._groups]
+        for group in self._groups:
+            if len(group.members) > 1:
+                for member in group.members:
+                    name = " " * _INDENT + _own_name(member.name, group)
+                    rows.append((name, self._operator(member)))
+        return tuple(max((len(r[i]) for r in rows if i < len(r)), default=0) for i in range(4))
+
+    def _cells(self, group: Group) -> tuple[str, str, str, str]:
+        members = group.members
+        what = _number_of([group], ", ") if len(members) > 1 else self._operator(members[0])
+        names = " ".join(self._candidate(group, candidate) for candidate in group.candidates)
+        smallest = min(group.candidates, key=lambda candidate: candidate.sort_key)
+        sizes = [weight_bytes(group, precision) for precision in (_FLOAT, smallest)]
+        size = " to ".join(counted(found, "B") for found in sizes) if sizes[0] else ""
+        return group.name, what, names, size
+
+    def _candidate(self, group: Group, candidate: Precision) -> str:
+        is_chosen = str(candidate) == self._state.choices.get(group.name)
+        return f">{candidate}<" if is_chosen else str(candidate)
+
+    def _add_group(self, tree: Tree, group: Group) -> None:
+        cells = self._cells(group)
+        name, what, names, size = (
+            escape(cell.ljust(width)) for cell, width in zip(cells, self._width, strict=True)
+        )
+        names = " ".join(
+            f"[reverse]{word}[/]" if word.startswith(">") else word for word in names.split(" ")
+        )
+        macs = _macs_text(sum(member.macs for member in group.members))
+        line = f"[bold]{name}[/]  [green]{what}[/]  [cyan]{names}[/]  {size}  {macs}"
+        branch = tree.add(line.rstrip())
+        if len(group.members) > 1:
+            for member in group.members:
+                self._add_reasons(branch.add(self._member_line(member, group)), member)
+        else:
+            self._add_reasons(branch, group.members[0])
+        for formats, places in self._stored(group).items():
             branch.add(f"[dim]stored as[/] {formats}[dim]: {escape(', '.join(places))}[/]")
-    if state.left_float:
-        _add_left_float(tree, state)
-    return tree
+
+    def _member_line(self, member: Member, group: Group) -> str:
+        name = _own_name(member.name, group).ljust(self._width[0] - _INDENT)
+        inside = {found.name for found in group.members}
+        joins = [
+            describe_join(join, _own_name(join.other, group))
+            for join in self._state.joins
+            if join.layer == member.name and join.other in inside
+        ]
+        why = ", ".join(text for text in (_macs_text(member.macs), *dict.fromkeys(joins)) if text)
+        what = self._operator(member).ljust(self._width[1] if why else 0)
+        line = f"{escape(name)}  [green]{escape(what)}[/]"
+        return f"{line}  [dim]{escape(why)}[/]" if why else line
+
+    def _add_reasons(self, branch: Tree, member: Member) -> None:
+        """Why rules of the target did not fire; those of one reason on a line."""
+        by_reason: dict[str, list[str]] = {}
+        for entry in self._missed.get(member.name, ()):
+            by_reason.setdefault(entry.reason, []).append(entry.rule)
+        for reason, rules in by_reason.items():
+            branch.add(f"[dim]not {' or '.join(dict.fromkeys(rules))}: {escape(reason)}[/]")
+
+    def _operator(self, member: Member) -> str:
+        """A member's kind with what the target fuses into it, and its weight's shape."""
+        kind = self._fusions.get(member.name, member.kind)
+        if not isinstance(member, Layer):
+            return kind
+        return f"{kind} {'x'.join(map(str, member.weight_shape))}"
+
+    def _stored(self, group: Group) -> dict[str, list[str]]:
+        """Formats to the tensors stored in them, by the place that computes each."""
+        found: dict[str, list[str]] = {}
+        for name in group.activation_quantizers:
+            quantizer = self._graph.get_submodule(name)
+            assert isinstance(quantizer, ActivationQuantizer)
+            formats = " ".join(candidate.name for candidate in quantizer.formats)
+            found.setdefault(formats, []).append(self._place(name))
+        return found
+
+    def _place(self, quantizer: str) -> str:
+        """Where the tensor that a quantizer reads is computed, and by which fusion of no layer."""
+        source = self._calls[quantizer].args[0]
+        assert isinstance(source, fx.Node)
+        fusion = self._results.get(source.name)
+        return place_of(source) + (f" ({fusion})" if fusion else "")
+
+    def _add_shared_ranges(self, tree: Tree) -> None:
+        rest = [entry for entry in self._state.missed if entry.rule.startswith("one range")]
+        if not self._state.shared_ranges and not rest:
+            return
+        branch = tree.add("[bold]tensors of one range[/]")
+        for names in self._state.shared_ranges:
+            branch.add(f"[dim]{escape(', '.join(map(self._place, names)))}[/]")
+        for entry in rest:
+            branch.add(f"[dim]not {escape(f'{entry.rule} ({entry.place}): {entry.reason}')}[/]")
 
 
 def _heading(state: GraphState, quantized: Sequence[Group]) -> str:
-    layers = sum(len(group.layers) for group in quantized)
     sizes = [sum(weight_bytes(g, _FLOAT) for g in groups) for groups in (quantized, state.groups)]
-    macs = sum(_macs(group) for group in quantized)
-    every = sum(map(_macs, state.groups)) + sum(entry.macs for entry in state.left_float)
-    return (
-        f"[bold]{layers} layers in {len(quantized)} groups for {state.target}[/]: "
+    macs = _macs(quantized)
+    every = _macs(state.groups) + sum(entry.macs for entry in state.left_float)
+    text = (
+        f"[bold]{_number_of(quantized, ' and ')} in {len(quantized)} groups for {state.target}[/]: "
         f"{counted(sizes[0], 'B')} of weights ({percent(sizes[0] / max(sizes[1], 1))} of those in "
         f"layers), {counted(macs)} MACs a sample ({percent(macs / max(every, 1))} of all)"
     )
+    fused = Counter(fusion.name for fusion in state.fusions)
+    if fused:
+        text += "\nfused: " + ", ".join(f"{count} {name}" for name, count in fused.items())
+    return text
 
 
-def _group_line(group: Group, nodes: Nodes, state: GraphState) -> str:
-    chosen = state.choices.get(group.name)
-    names = [
-        f"[reverse]>{candidate}<[/]" if str(candidate) == chosen else str(candidate)
-        for candidate in group.candidates
-    ]
-    smallest = min(group.candidates, key=lambda candidate: candidate.sort_key)
-    sizes = (weight_bytes(group, precision) for precision in (_FLOAT, smallest))
-    size = " to ".join(counted(found, "B") for found in sizes)
-    first = group.layers[0]
-    what = "" if len(group.layers) > 1 else f"  {_operator(first, nodes, state)}"
-    line = f"[bold]{escape(group.name)}[/]{what}  [cyan]{' '.join(names)}[/]  {size}"
-    return line + _macs_text(_macs(group))
+def _number_of(groups: Sequence[Group], between: str) -> str:
+    """How many members groups have, of which sort."""
+    counts = {
+        "layer": sum(len(group.layers) for group in groups),
+        "product": sum(len(group.products) for group in groups),
+    }
+    named = [f"{count} {sort}{'s' * (count != 1)}" for sort, count in counts.items() if count]
+    return between.join(named) or "0 layers"
 
 
-def _member_line(layer: Layer, group: Group, nodes: Nodes, state: GraphState) -> str:
-    line = f"{_own_name(layer, group)}  {_operator(layer, nodes, state)}{_macs_text(layer.macs)}"
-    for other in group.layers:
-        if other is layer:
-            break
-        if other.weight == layer.weight:
-            return f"{line}  [dim]has the weight of {_own_name(other, group)}[/]"
-        if _input(other, nodes) == _input(layer, nodes):
-            return f"{line}  [dim]reads the input of {_own_name(other, group)}[/]"
-    return line
-
-
-def _own_name(layer: Layer, group: Group) -> str:
-    """What tells a layer from the others of its group: its path behind what they share."""
-    paths = [found.name.split(".")[:-1] for found in group.layers]
+def _own_name(name: str, group: Group) -> str:
+    """What tells a member from the others of its group: its path behind what they share."""
+    paths = [found.name.split(".")[:-1] for found in group.members]
     shared = 0
     while all(len(path) > shared and path[shared] == paths[0][shared] for path in paths):
         shared += 1
-    return escape(".".join(layer.name.split(".")[shared:]))
+    return ".".join(name.split(".")[shared:])
 
 
-def _input(layer: Layer, nodes: Nodes) -> object:
-    operator = OPERATORS[nodes[layer.node].target]
-    return argument(nodes[layer.node], operator.input)
-
-
-def _macs(group: Group) -> int:
-    return sum(layer.macs for layer in group.layers)
+def _macs(groups: Iterable[Group]) -> int:
+    return sum(member.macs for group in groups for member in group.members)
 
 
 def _macs_text(macs: int) -> str:
-    return f", {counted(macs)} MACs" if macs else ""
-
-
-def _operator(layer: Layer, nodes: Nodes, state: GraphState) -> str:
-    """A layer's kind, the activation that the target fuses into it, and its weight's shape."""
-    readers = list(nodes[layer.node].users)
-    while len(readers) == 1 and readers[0].op == "call_module":
-        readers = list(readers[0].users)
-    target = str(state.target)
-    fused = TARGETS[target].rules.fused_activations if target in TARGETS else frozenset()
-    follower = ""
-    if len(readers) == 1 and readers[0].target in fused:
-        follower = f" + {str(readers[0].target).split('.')[1]}"
-    shape = "x".join(map(str, layer.weight_shape))
-    return f"[green]{layer.kind}{follower}[/] {shape}"
-
-
-def _stored(graph: fx.GraphModule, group: Group) -> dict[str, list[str]]:
-    """Formats to the tensors that the target stores in them, by the place that computes them."""
-    sources = {node.target: node.args[0] for node in graph.graph.find_nodes(op="call_module")}
-    found: dict[str, list[str]] = {}
-    for name in group.activation_quantizers:
-        quantizer, source = graph.get_submodule(name), sources[name]
-        assert isinstance(quantizer, ActivationQuantizer)
-        assert isinstance(source, fx.Node)
-        formats = " ".join(candidate.name for candidate in quantizer.formats)
-        found.setdefault(formats, []).append(place_of(source))
-    return found
+    return f"{counted(macs)} MACs" if macs else ""
 
 
 def _add_left_float(tree: Tree, state: GraphState) -> None:
     by_reason: dict[str, list[LeftFloat]] = {}
     for entry in state.left_float:
         by_reason.setdefault(entry.reason, []).append(entry)
-    macs = {layer.name: layer.macs for group in state.groups for layer in group.layers}
+    macs = {member.name: member.macs for group in state.groups for member in group.members}
     branch = tree.add(f"[bold]stays in float[/]  {len(state.left_float)} in all")
     for reason, entries in by_reason.items():
-        total = sum(entry.macs or macs.get(entry.name, 0) for entry in entries)
-        twig = branch.add(f"{escape(reason)}{_macs_text(total)}")
+        total = _macs_text(sum(entry.macs or macs.get(entry.name, 0) for entry in entries))
+        twig = branch.add(escape(reason) + (f", {total}" if total else ""))
         for entry in entries:
             twig.add(f"[dim]{escape(entry.name)}[/]")

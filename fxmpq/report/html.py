@@ -9,12 +9,14 @@ from markupsafe import Markup
 
 from fxmpq.artefact import write_atomically
 from fxmpq.report.compare import FLOAT, MIXED
+from fxmpq.report.metrics import METRICS
 from fxmpq.report.plots import picture_svg
 from fxmpq.report.refinement_plot import refinement_svg
 from fxmpq.report.refinements import WHOLE_MODEL, refinement_grid, refinement_rows_text
 from fxmpq.report.report import Report
-from fxmpq.report.tables import COLUMNS, comparison_rows
-from fxmpq.report.wording import counted, decibels, percent, points
+from fxmpq.report.sizes import fixed_size_lines
+from fxmpq.report.tables import comparison_columns, comparison_rows
+from fxmpq.report.wording import counted, decibels, percent
 
 _TEMPLATE = "report.html.jinja"
 
@@ -43,7 +45,7 @@ def render_html(report: Report) -> str:
     grid = refinement_grid(report.refinements, [row.layer for row in report.layers])
     return environment.get_template(_TEMPLATE).render(
         report=report,
-        columns=COLUMNS,
+        columns=comparison_columns(report),
         rows=comparison_rows(report),
         mixed=MIXED,
         highlights=highlights(report),
@@ -84,13 +86,14 @@ def highlights(report: Report) -> list[tuple[str, str, str]]:
         Triples of label, value and comparison.
     """
     base, mixed = report.entries[FLOAT], report.entries[MIXED]
+    metric = METRICS[report.metric]
     size_share = percent(mixed.weight_bytes / base.weight_bytes)
     bops_share = percent(mixed.bops / base.bops) if base.bops else "none"
     return [
         (
-            "accuracy",
-            percent(mixed.accuracy, 2),
-            f"{points(mixed.accuracy - base.accuracy)} points against float",
+            metric.name,
+            metric.text(mixed.score, 2),
+            f"{metric.difference(mixed.score, base.score)}{metric.unit} against float",
         ),
         (
             "weights",
@@ -130,4 +133,5 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ),
         ("solver's proven gap", "unknown" if report.gap is None else percent(report.gap, 2)),
         ("converted against simulated", decibels(report.agreement_db)),
+        *(("size", line) for line in fixed_size_lines(report.fixed_sizes)),
     ]

@@ -9,7 +9,7 @@ from torch import fx
 from fxmpq.costs.operations import bops, float_bops
 from fxmpq.costs.weights import weight_bytes
 from fxmpq.formats import Precision
-from fxmpq.graph.state import Group, Layer, require
+from fxmpq.graph.state import Group, Member, Product, require
 from fxmpq.report.report import LayerRow, finite_or_none
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.targets.outcome import layer_precision
@@ -19,7 +19,7 @@ from fxmpq.targets.target import Converted
 def layer_rows(
     graph: fx.GraphModule, sensitivity: Sensitivity, converted: Converted
 ) -> tuple[LayerRow, ...]:
-    """List every layer of a planned graph, and every matrix product that stays float.
+    """List every layer and product of a planned graph, and what stays float.
 
     Sizes and bit operations add up to the cost table's totals: weights that two layers share
     are counted at the first.
@@ -40,16 +40,17 @@ def layer_rows(
         is_noise = sensitivity.unit == "noise"
         alone = finite_or_none(sensitivity.sqnr_db(group.name, chosen)) if is_noise else None
         seen: set[str] = set()
-        for layer in group.layers:
-            fate = fates.pop(layer.name)
+        for member in group.members:
+            fate = fates.pop(member.name)
+            own = _alone(group, member)
             rows.append(
                 LayerRow(
-                    layer=layer.name,
+                    layer=member.name,
                     group=group.name,
-                    precision=str(layer_precision(layer, chosen)),
+                    precision=str(layer_precision(member, chosen)),
                     alone_db=alone,
-                    weight_bytes=_own_bytes(group, layer, chosen, seen),
-                    bops=bops(replace(group, layers=(layer,)), chosen),
+                    weight_bytes=_own_bytes(own, chosen, seen),
+                    bops=bops(own, chosen),
                     kernel=fate.kernel,
                     reason=fate.reason,
                 )
@@ -71,9 +72,15 @@ def layer_rows(
     return tuple(rows)
 
 
-def _own_bytes(group: Group, layer: Layer, chosen: Precision, seen: set[str]) -> int:
-    """Bytes of a layer's weight, 0 if it was `seen` before; adds it to them."""
-    if layer.weight in seen:
-        return 0
-    seen.add(layer.weight)
-    return weight_bytes(replace(group, layers=(layer,)), chosen)
+def _alone(group: Group, member: Member) -> Group:
+    """A group of one member."""
+    if isinstance(member, Product):
+        return replace(group, layers=(), products=(member,))
+    return replace(group, layers=(member,), products=())
+
+
+def _own_bytes(own: Group, chosen: Precision, seen: set[str]) -> int:
+    """Bytes of a member's weight, 0 if it has none or it was `seen` before; adds it to them."""
+    fresh = [layer for layer in own.layers if layer.weight not in seen]
+    seen.update(layer.weight for layer in own.layers)
+    return weight_bytes(own, chosen) if fresh else 0

@@ -14,9 +14,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from fxmpq.formats import Precision
 from fxmpq.report.compare import FLOAT, MIXED
+from fxmpq.report.metrics import METRICS
 from fxmpq.report.report import Entry, LayerRow, Report
 from fxmpq.report.style import BLUE, GREY, GRID, INK, SKY, STYLE, VERMILION, svg_text
-from fxmpq.report.wording import percent, shortened
+from fxmpq.report.wording import shortened
 
 # One hue from light to dark: length and shade say the same.
 _BIT_COLOURS = ("#BBD7EC", "#9CC6E4", "#79B2DA", "#569DCF", "#3587C0", "#1B76B4", "#0A5A94")
@@ -29,7 +30,7 @@ def draw(report: Report) -> Figure:
     """Draw the trade-off curve with the measured models, and bars of the layers' bits.
 
     Left: predicted output SQNR of the best plan against weight size (logarithmic), and the
-    measured models with their accuracy; the float model, which has no error, sits at the top.
+    measured models with their score; the float model, which has no error, sits at the top.
     Right: a bar a layer, as long as its weights are wide.
 
     Args:
@@ -99,8 +100,9 @@ def _draw_tall(report: Report) -> Figure:
 
 def _draw_curve(axes: Axes, report: Report) -> None:
     samples = f"{report.test_samples:,} samples"
-    axes.set_title(f"Output SQNR and accuracy, measured on {samples}", pad=12)
+    axes.set_title(f"Output SQNR and {report.metric}, measured on {samples}", pad=12)
     axes.set_xscale("log")
+    score = METRICS[report.metric].text
     sizes = [point.weight_bytes for point in report.curve]
     noise = [point.sqnr_db for point in report.curve]
     if sizes:
@@ -117,7 +119,9 @@ def _draw_curve(axes: Axes, report: Report) -> None:
     for name, entry in report.entries.items():
         if name != FLOAT and entry.sqnr_db is not None:
             predicted = np.interp(entry.weight_bytes, sizes, noise) if sizes else 0.0
-            _mark(axes, name, entry, entry.sqnr_db, above=entry.sqnr_db > predicted - 1.5)
+            text = f"{name}  {score(entry.score, 1)}"
+            place = entry.weight_bytes, entry.sqnr_db
+            _mark(axes, name, text, place, above=entry.sqnr_db > predicted - 1.5)
     # Room for the labels: of the smallest model on the left, of float at the top.
     known = [*sizes, *(entry.weight_bytes for entry in report.entries.values())]
     decades = np.log10(max(known) / min(known)) or 1.0
@@ -126,7 +130,8 @@ def _draw_curve(axes: Axes, report: Report) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.12 * (high - low))
     if FLOAT in report.entries:
-        _mark_float(axes, report.entries[FLOAT])
+        base = report.entries[FLOAT]
+        _mark_float(axes, f"{FLOAT}  {score(base.score, 1)}", base)
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _size_label(size)))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -145,14 +150,13 @@ def _draw_curve(axes: Axes, report: Report) -> None:
     )
 
 
-def _mark(axes: Axes, name: str, entry: Entry, decibels: float, *, above: bool) -> None:
+def _mark(axes: Axes, name: str, text: str, place: tuple[int, float], *, above: bool) -> None:
     """Mark a measured model; labels lie where a rising curve leaves room for them."""
     mixed = name == MIXED
     colour = VERMILION if mixed else BLUE
     first_uniform = "uniform" not in axes.get_legend_handles_labels()[1]
     axes.plot(
-        entry.weight_bytes,
-        decibels,
+        *place,
         label="mixed" if mixed else "uniform" if first_uniform else None,
         color=colour,
         linestyle="none",
@@ -162,8 +166,8 @@ def _mark(axes: Axes, name: str, entry: Entry, decibels: float, *, above: bool) 
         zorder=4 if mixed else 3,
     )
     axes.annotate(
-        f"{name}  {percent(entry.accuracy)}",
-        (entry.weight_bytes, decibels),
+        text,
+        place,
         xytext=(-9, 6) if above else (9, -6),
         textcoords="offset points",
         ha="right" if above else "left",
@@ -174,7 +178,7 @@ def _mark(axes: Axes, name: str, entry: Entry, decibels: float, *, above: bool) 
     )
 
 
-def _mark_float(axes: Axes, entry: Entry) -> None:
+def _mark_float(axes: Axes, text: str, entry: Entry) -> None:
     """Mark the float model at the upper edge: no error is no place on a scale of decibels."""
     _, top = axes.get_ylim()
     axes.plot(
@@ -189,7 +193,7 @@ def _mark_float(axes: Axes, entry: Entry) -> None:
         zorder=5,
     )
     axes.annotate(
-        f"float  {percent(entry.accuracy)}",
+        text,
         (entry.weight_bytes, top),
         xytext=(6, -10),
         textcoords="offset points",

@@ -10,9 +10,10 @@ from typing import TypeVar
 
 from fxmpq.artefact import check_fields, dump_json, load_json
 from fxmpq.errors import FileFormatError
+from fxmpq.graph.state import FixedSize
 
 SCHEMA = "fxmpq.report"
-VERSION = 1
+VERSION = 2
 
 Item = TypeVar("Item")
 
@@ -22,7 +23,8 @@ class Entry:
     """One model, converted for the target and measured there.
 
     Args:
-        accuracy: Share of test samples classified right, in [0, 1].
+        score: What `Report.metric` says: the share of test samples classified right, in [0, 1], or
+            the perplexity.
         sqnr_db: Output SQNR against the float model in PyTorch, in dB; `None` if there is no
             difference at all.
         weight_bytes: Stored weights with their scales; biases are not counted.
@@ -30,7 +32,7 @@ class Entry:
         latency_ms: Wall time of one batch of `Report.latency_samples` on one thread.
     """
 
-    accuracy: float
+    score: float
     sqnr_db: float | None
     weight_bytes: int
     bops: int
@@ -113,6 +115,7 @@ class Report:
         test_samples: Number of samples `entries` were measured on.
         latency_samples: Batch size of `Entry.latency_ms`.
         entries: `float`, `mixed`, and one per uniform precision such as `w8a8`.
+        metric: A key of `METRICS`, `accuracy` or `perplexity`.
         layers: In graph order, then what is in no group.
         curve: Best plans from the smallest to the largest weight size.
         refinements: What each refinement method did to each layer, in order.
@@ -123,6 +126,7 @@ class Report:
         search_seconds: Wall time per step of the search.
         environment: Machine and versions.
         files: Bytes of the written files by name.
+        fixed_sizes: Sizes of samples and sequences that the export fixed, and why.
 
     Examples:
         >>> entry = Entry(0.9, 30.0, weight_bytes=1000, bops=64, latency_ms=1.0)
@@ -135,6 +139,7 @@ class Report:
     entries: Mapping[str, Entry]
     model: str = ""
     data: str = ""
+    metric: str = "accuracy"
     target: str = ""
     budget: str = ""
     method: str = ""
@@ -151,6 +156,7 @@ class Report:
     search_seconds: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
+    fixed_sizes: tuple[FixedSize, ...] = ()
 
     @property
     def is_predicting(self) -> bool:
@@ -183,6 +189,7 @@ class Report:
         found["layers"] = _items(LayerRow, found.get("layers", []))
         found["curve"] = _items(CurvePoint, found.get("curve", []))
         found["refinements"] = _items(RefinementRow, found.get("refinements", []))
+        found["fixed_sizes"] = _items(FixedSize, found.get("fixed_sizes", []))
         return cls(**found)  # type: ignore[arg-type]
 
 

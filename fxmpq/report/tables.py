@@ -7,12 +7,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fxmpq.report.compare import FLOAT, MIXED
+from fxmpq.report.metrics import METRICS
 from fxmpq.report.refinements import WHOLE_MODEL, refinement_grid, refinement_rows_text
 from fxmpq.report.report import Report
-from fxmpq.report.wording import counted, decibels, percent, points, shortened
+from fxmpq.report.sizes import fixed_size_lines
+from fxmpq.report.wording import counted, decibels, percent, shortened
 
-COLUMNS = ("accuracy", "points", "SQNR", "weights", "share", "BOPs", "share", "latency")
-"""Headings of the comparison behind the model's name; `points` and `share` are against float."""
+_COLUMNS = ("SQNR", "weights", "share", "BOPs", "share", "latency")
+"""Headings of the comparison behind the score and its difference; `share` is of float."""
 _OTHER_COLUMNS = 59  # what the other columns take
 _REFINED_NAME = 32
 
@@ -21,7 +23,8 @@ def layer_table(report: Report, name_length: int = 80) -> Table:
     """A row a layer: chosen precision, sensitivity, size, bit operations, kernel.
 
     Sensitivity is the output SQNR with only that layer's group quantized; layers that share a
-    group show it once, and methods that measure no noise power leave it out.
+    group show it once, and methods that measure no noise power leave it out. Why a kernel is not
+    what was asked stands below the table, once a reason.
 
     Args:
         report: From `build_report`.
@@ -30,6 +33,8 @@ def layer_table(report: Report, name_length: int = 80) -> Table:
     Returns:
         A Rich table.
     """
+    reasons = dict.fromkeys(row.reason for row in report.layers if row.reason)
+    numbers = {reason: number for number, reason in enumerate(reasons, start=1)}
     title = f"Layers at {report.budget} on {report.target}"
     table = _narrow_table(title)
     table.add_column("layer", overflow="fold")
@@ -47,8 +52,11 @@ def layer_table(report: Report, name_length: int = 80) -> Table:
             alone,
             counted(row.weight_bytes, "B"),
             counted(row.bops),
-            f"{row.kernel}: {row.reason}" if row.reason else row.kernel,
+            f"{row.kernel} ({numbers[row.reason]})" if row.reason else row.kernel,
         )
+    if numbers:
+        table.caption = "\n".join(f"({number}) {reason}" for reason, number in numbers.items())
+        table.caption_justify = "left"
     return table
 
 
@@ -75,7 +83,7 @@ def refinement_table(report: Report, name_length: int = 80) -> Table:
 
 
 def comparison_table(report: Report) -> Table:
-    """A row a model: accuracy, SQNR, weight size, bit operations and latency.
+    """A row a model: its score, SQNR, weight size, bit operations and latency.
 
     Args:
         report: From `build_report`.
@@ -87,27 +95,33 @@ def comparison_table(report: Report) -> Table:
         f"On {report.test_samples:,} test samples, all running on {report.target}"
     )
     table.add_column("model")
-    for heading in COLUMNS:
+    for heading in (METRICS[report.metric].short, *comparison_columns(report)[1:]):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, cells in comparison_rows(report).items():
         table.add_row(name, *cells, style="bold" if name == MIXED else "")
     return table
 
 
+def comparison_columns(report: Report) -> tuple[str, ...]:
+    """The comparison's headings, but for the model's."""
+    metric = METRICS[report.metric]
+    return (metric.name, metric.heading, *_COLUMNS)
+
+
 def comparison_rows(report: Report) -> dict[str, tuple[str, ...]]:
-    """The comparison's cells as text, by model; sizes and accuracy also against float.
+    """The comparison's cells as text, by model; sizes and scores also against float.
 
     Args:
         report: With an entry `float`.
 
     Returns:
-        Per entry, the cells under `COLUMNS`.
+        Per entry, the cells under `comparison_columns`.
     """
-    base = report.entries[FLOAT]
+    base, metric = report.entries[FLOAT], METRICS[report.metric]
     return {
         name: (
-            percent(entry.accuracy, 2),
-            "" if name == FLOAT else points(entry.accuracy - base.accuracy),
+            metric.text(entry.score, 2),
+            "" if name == FLOAT else metric.difference(entry.score, base.score),
             decibels(entry.sqnr_db),
             counted(entry.weight_bytes, "B"),
             percent(entry.weight_bytes / base.weight_bytes),
@@ -122,6 +136,8 @@ def comparison_rows(report: Report) -> dict[str, tuple[str, ...]]:
 def print_tables(report: Report, console: Console) -> None:
     """Print the layers, what refinement did to them if it was done, then the comparison.
 
+    Sizes that the export fixed follow, with its reason.
+
     Args:
         report: From `build_report`.
         console: Where to.
@@ -132,6 +148,8 @@ def print_tables(report: Report, console: Console) -> None:
         console.print(refinement_table(report, name_length=_REFINED_NAME))
     console.print()
     console.print(comparison_table(report))
+    for line in fixed_size_lines(report.fixed_sizes):
+        console.print(line, markup=False, highlight=False)
 
 
 def _narrow_table(title: str) -> Table:

@@ -52,6 +52,16 @@ def points(difference: float) -> str:
     return f"{100 * difference:+.2f}"
 
 
+def change(ratio: float) -> str:
+    """A relative difference as a signed percentage.
+
+    Examples:
+        >>> change(0.0123), change(-0.5)
+        ('+1.2 %', '-50.0 %')
+    """
+    return f"{100 * ratio:+.1f} %"
+
+
 def seconds(times: Mapping[str, float]) -> str:
     """Times per step on one line, with their sum.
 

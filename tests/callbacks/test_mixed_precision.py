@@ -163,6 +163,15 @@ def test_options_pins_and_exclusions_reach_quantize(
     assert len(losses) == 5
 
 
+def test_ties_reach_quantize(
+    low_bits: LowBits, make_trainer: MakeTrainer, classifier: Any, blobs: Any
+) -> None:
+    callback = low_bits(budget="bops=90%", ties=[("0", "7")])
+    make_trainer(callbacks=[callback]).validate(classifier, blobs, verbose=False)
+    assert set(callback.plan.choices) == {"0", "3"}
+    assert callback.plan.layers["7"] == callback.plan.layers["0"]
+
+
 @pytest.mark.parametrize("run", ["validate", "fit"])
 def test_the_network_is_refined(
     coarse_refinement: list[str],
@@ -215,6 +224,7 @@ def test_what_is_not_in_the_module_follows_it_when_the_run_ends(
     ("settings", "error"),
     [
         ({"exclude": ["conv*"]}, PatternError),
+        ({"ties": [("0", "conv*")]}, PatternError),
         ({"budget": "weights=1%"}, InfeasibleBudgetError),
         ({"budget": "memory=10%"}, BudgetError),
         ({"calibration": []}, CalibrationError),
@@ -269,6 +279,7 @@ def test_a_plan_that_cannot_be_written_leaves_the_module_as_it_was(
         ({"method": "sqnr", "seed": 3}, FxmpqError, "no option 'seed' with the method 'sqnr'"),
         ({"calibration_batches": 0}, CalibrationError, "at least 1; found 0"),
         ({"refine": "coars"}, FxmpqError, "no refinement 'coars'"),
+        ({"ties": "encoder.*"}, PatternError, r"ties is a list of ties, as \['encoder.\*'\]"),
     ],
 )
 def test_unusable_arguments_are_refused_at_once(

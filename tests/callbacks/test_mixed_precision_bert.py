@@ -17,6 +17,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import fxmpq
 from fxmpq.callbacks import MixedPrecisionCallback
+from fxmpq.errors import PrecisionError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.*is deprecated",  # Lightning 2.6 and torch 2.13
@@ -117,3 +118,18 @@ def test_bert_converts_for_onnxruntime(make_trainer: Callable[..., Trainer]) -> 
     batch = next(iter(DataLoader(texts(), batch_size=5)))
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     assert converted.run(inputs)[0].shape == (5, 3)
+
+
+def test_products_of_attention_are_quantized_where_asked(
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    settings = {"candidates": ["w8a8", "a8"], "module": "bert"}
+    with pytest.raises(PrecisionError, match="a8 is of products"):
+        MixedPrecisionCallback("reference", "weights=40%", **settings)
+    module, loader = Texts("no labels"), DataLoader(texts(), batch_size=16)
+    callback = MixedPrecisionCallback(
+        "reference", "weights=40%", calibration=loader, products=True, **settings
+    )
+    make_trainer(callbacks=[callback]).validate(module, loader, verbose=False)
+    assert callback.plan.layers["bert.encoder.layer.0.attention.self.scores"] == "a8"
+    assert fxmpq.convert(callback.graph_module).sqnr_db == float("inf")

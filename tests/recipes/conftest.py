@@ -10,9 +10,16 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import BertTokenizerFast
+from transformers import (
+    BertTokenizerFast,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.convnext import ConvNextImageProcessorPil
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -45,6 +52,46 @@ def resnet_folder(resnet: nn.Module, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("resnet")
     resnet.save_pretrained(folder)
     ConvNextImageProcessorPil(size={"shortest_edge": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 2,000 characters of sentences, a few to a line."""
+    file = tmp_path_factory.mktemp("prose") / "prose.txt"
+    subjects, verdicts = ("a film", "the story", "it"), ("was very good", "was bad", "is a film")
+    lines = [
+        f"{index}. {subjects[index % 3]} {verdicts[index * index % 3]}. Was {subjects[-index % 3]}?"
+        for index in range(60)
+    ]
+    file.write_text("\n".join(lines))
+    return file
+
+
+@pytest.fixture(scope="session")
+def llama_folder(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder with random weights, its head tied to its table, and a byte-level tokenizer."""
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([text_file.read_text()], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        max_position_embeddings=16,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 

@@ -21,6 +21,22 @@ def test_a_recipe_is_prepared_as_it_says() -> None:
     assert state_of(prepared_graph("resnet.yaml", [], "reference")).target == "reference"
 
 
+def test_ties_of_a_recipe_are_shown() -> None:
+    overrides = ["ties=[[stage1.*.conv2], [conv, classifier]]", "data.calibration_samples=8"]
+    state = state_of(prepared_graph("resnet.yaml", overrides))
+    assert [layer.name for layer in state.group("conv").layers] == ["conv", "classifier"]
+    tied = [layer.name for layer in state.group("stage1.0.conv2").layers]
+    assert tied == [f"stage1.{block}.conv2" for block in range(3)]
+
+
+def test_products_of_a_recipe_may_have_widths_of_their_own() -> None:
+    overrides = ["candidates=[w8a8, a8]", "data.calibration_samples=8"]
+    with pytest.raises(FxmpqError, match="a8 is of products of two activations"):
+        prepared_graph("resnet.yaml", overrides)
+    state = state_of(prepared_graph("resnet.yaml", [*overrides, "products=true"]))
+    assert {str(c) for group in state.groups for c in group.candidates} == {"w8a8"}
+
+
 def test_a_saved_graph_is_shown_as_it_is(
     conv_graph: fx.GraphModule,
     images: list[Tensor],

@@ -15,9 +15,11 @@ VALUES = st.one_of(st.integers(), st.booleans(), st.none(), st.lists(st.integers
 
 
 def test_every_packaged_recipe_can_be_read() -> None:
-    assert set(packaged_recipes()) == {"bert.yaml", "resnet.yaml"}
+    assert set(packaged_recipes()) == {"bert.yaml", "decoder.yaml", "resnet.yaml"}
+    blocks = ("w2b32", "w4b32", "w8b32")
     for name in packaged_recipes():
-        assert open_recipe(name).candidates == ("w2a8", "w4a8", "w8a8")
+        expected = blocks if name == "decoder.yaml" else ("w2a8", "w4a8", "w8a8")
+        assert open_recipe(name).candidates == expected
 
 
 def test_the_demo_asks_for_what_it_promises() -> None:

@@ -16,6 +16,7 @@ from fxmpq.recipes import run as run_module
 from fxmpq.recipes.reading import open_recipe
 from fxmpq.recipes.run import method_options, run_recipe
 from fxmpq.recipes.schema import Recipe, RecipeError, read_recipe
+from fxmpq.recipes.token_sequences import language_loss
 from fxmpq.report.report import Report
 from fxmpq.sensitivity.projection_pass import ProjectionPass
 from fxmpq.solver.plan import Plan
@@ -68,7 +69,7 @@ def test_it_writes_everything_down(printed: str, output: Path) -> None:
     assert report.entries["mixed"].weight_bytes == plan.costs["weights"]
     assert {row.layer: row.precision for row in report.layers} == plan.layers
     assert (report.calibration_samples, report.test_samples) == (48, 64)
-    assert report.entries["float"].accuracy > 0.8
+    assert report.entries["float"].score > 0.8
 
 
 def test_the_recipe_it_writes_runs_the_same(printed: str, output: Path) -> None:
@@ -95,6 +96,7 @@ def test_a_users_text_model_runs_on_onnxruntime(
         f"data={json.dumps(data)}",
         f"output={tmp_path / 'new' / 'folder'}",
         "keep={classifier: w8a8}",
+        "products=true",
         "uniform=[]",
     ]
     report = run_recipe(open_recipe("bert.yaml", overrides), Console(file=io.StringIO()))
@@ -103,7 +105,41 @@ def test_a_users_text_model_runs_on_onnxruntime(
     chosen = {row.layer: row for row in report.layers}
     assert chosen["classifier"].precision == "w8a8"
     assert chosen["bert.encoder.layer.0.output.dense"].kernel.startswith("MatMulInteger")
-    assert any("attention" in row.reason for row in report.layers if row.precision == "fp32")
+    for part in ("scores", "context"):
+        row = chosen[f"bert.encoder.layer.0.attention.self.{part}"]
+        assert (row.precision, row.kernel) == ("a8", "MatMulIntegerToFloat")
+
+
+def test_a_users_decoder_runs_in_blocks_and_has_a_perplexity(
+    llama_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    data = {
+        "source": "files",
+        "format": "text",
+        "calibration": str(text_file),
+        "test": str(text_file),
+        "input_columns": ["text"],
+        "max_length": 16,
+        "calibration_samples": 8,
+        "batch_size": 4,
+    }
+    overrides = [
+        f"model.name={llama_folder}",
+        f"data={json.dumps(data)}",
+        f"output={tmp_path}",
+        "uniform=[w8b32]",
+    ]
+    console = Console(file=io.StringIO(), width=100)
+    report = run_recipe(open_recipe("decoder.yaml", overrides), console)
+    assert report.metric == "perplexity"
+    # With random weights it guesses among some 280 tokens.
+    base = report.entries["float"].score
+    assert base > 100
+    assert report.entries["w8b32"].score == pytest.approx(base, rel=0.01)
+    kernels = {row.kernel for row in report.layers}
+    assert {"MatMulNBits", "GatherBlockQuantized"} <= kernels
+    assert "perplexity" in console.file.getvalue()
+    assert "perplexity" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -152,6 +188,8 @@ def test_the_seed_reaches_methods_that_take_one() -> None:
     assert options("options={probes: 2, seed: 3}") == {"seed": 3, "probes": 2}
     assert options("method=sqnr") == {}
     assert options("method=hessian") == {"seed": 7, "loss": classification_loss}
+    decoder = open_recipe("decoder.yaml", ["method=hessian"])
+    assert method_options(decoder) == {"seed": 0, "loss": language_loss}
 
 
 def test_methods_that_need_labels_get_those_of_the_calibration_samples(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def test_defaults_are_filled_in() -> None:
     recipe = read_recipe(EMBEDDED)
     assert recipe.data == EmbeddedData(source="embedded", calibration_samples=512, batch_size=64)
     assert (recipe.target, recipe.method, recipe.candidates) == ("onnxruntime", "projected", None)
+    assert recipe.products is False
 
 
 def test_sources_choose_their_sections() -> None:
@@ -85,6 +86,8 @@ def test_budget_and_precisions_are_read_and_written_again() -> None:
         (changed(EMBEDDED, candidates=["w9a8"]), r"candidates.0: no 9-bit integer format"),
         (changed(EMBEDDED, candidates=[]), r"candidates: .* at least 1 item"),
         (changed(EMBEDDED, keep={"fc": "x"}), r"keep.fc: cannot read the precision 'x'"),
+        (changed(EMBEDDED, ties="fc"), r"ties: ties is a list of ties, as \['fc'\]"),
+        (changed(EMBEDDED, ties=[["fc", 3]]), r"ties: a tie is a pattern .*; found \['fc', 3\]"),
         (changed(TEXTS, "model", task="chat"), r"model.task: .*'text-classification'.* 'chat'"),
         (changed(TEXTS, data={"source": "embedded"}), "the embedded model and the embedded data"),
         ({"model": {"source": "embedded"}}, "(?s)data: missing.*budget: missing"),
@@ -104,6 +107,14 @@ def test_rules_are_read_and_written_with_their_defaults() -> None:
     assert written["weight_scales"] == {"rule": "mse", "p": 2.0}
     assert read_recipe(written) == recipe
     assert read_recipe(changed(EMBEDDED, ranges="kl")).model_dump(mode="json")["ranges"] == "kl"
+
+
+def test_ties_are_read_and_written_as_lists() -> None:
+    recipe = read_recipe(changed(EMBEDDED, ties=["stage1.*", ["conv", "classifier"]]))
+    assert recipe.ties == (("stage1.*",), ("conv", "classifier"))
+    written = recipe.model_dump(mode="json")
+    assert written["ties"] == [["stage1.*"], ["conv", "classifier"]]
+    assert read_recipe(written) == recipe
 
 
 def test_a_recipe_cannot_be_changed() -> None:

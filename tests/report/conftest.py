@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxmpq.pipeline import Quantized, quantize
+from fxmpq.pipeline import quantize
+from fxmpq.quantized import Quantized
 from fxmpq.report.report import CurvePoint, Entry, LayerRow, Report
 
 

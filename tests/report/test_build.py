@@ -56,6 +56,7 @@ def test_it_holds_what_was_asked_and_measured(built: Report) -> None:
     assert set(built.search_seconds) == {"trace", "calibrate", "measure", "solve"}
     assert built.environment["torch"] == torch.__version__
     assert built.gap == 0.0
+    assert built.metric == "accuracy"
 
 
 def test_predictions_are_near_what_was_measured(built: Report) -> None:
@@ -71,9 +72,10 @@ def test_the_converted_files_are_listed_with_their_sizes(built: Report, folder: 
 
 def test_it_says_what_it_does(built: Report, said: list[str]) -> None:
     assert said == [
-        "converting and testing float",
-        "converting and testing mixed",
-        "converting and testing w4a8",
+        "converting float",
+        "converting mixed",
+        "converting w4a8",
+        "testing on 12 samples",
         "measuring latency",
         "solving along the trade-off curve",
     ]

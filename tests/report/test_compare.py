@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torchmetrics.functional.text import perplexity
 
 from fxmpq.costs.table import CostTable
 from fxmpq.errors import BatchError
 from fxmpq.graph.run import run_batch
 from fxmpq.graph.state import state_of
-from fxmpq.pipeline import Quantized, quantize
+from fxmpq.pipeline import quantize
+from fxmpq.quantized import Quantized
 from fxmpq.report.compare import Comparison, compare, float_graph, uniform_precisions
 
 
@@ -40,7 +42,7 @@ def test_float_mixed_and_every_uniform_precision_are_measured(
 
 def test_float_runs_on_the_runtime_and_agrees_with_the_labels(comparison: Comparison) -> None:
     entry = comparison.entries["float"]
-    assert entry.accuracy == pytest.approx(11 / 12)  # the fixture has one label wrong
+    assert entry.score == pytest.approx(11 / 12)  # the fixture has one label wrong
     assert entry.sqnr_db is None or entry.sqnr_db > 100
 
 
@@ -65,6 +67,50 @@ def test_labels_that_do_not_fit_are_refused_before_anything_is_converted(
     with pytest.raises(BatchError, match="3 labels for 12 samples"):
         compare(quantized, images, torch.zeros(3, dtype=torch.int64), say=said.append)
     assert said == []
+
+
+def test_labels_beyond_the_classes_are_refused_before_anything_is_converted(
+    quantized: Quantized, images: list[Tensor]
+) -> None:
+    said: list[str] = []
+    labels = torch.full((12,), 5)
+    with pytest.raises(BatchError, match="5 to 5, but the model has 5 classes"):
+        compare(quantized, images, labels, say=said.append)
+    assert said == []
+
+
+class Bigrams(nn.Module):
+    """A language model: the next token depends on the last one alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 16), nn.Linear(16, 7)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.table(input_ids))
+
+
+def test_a_language_model_has_perplexities() -> None:
+    torch.manual_seed(0)
+    model = Bigrams()
+    ids = torch.randint(0, 7, (5, 6))
+    batches = [{"input_ids": ids[:3]}, {"input_ids": ids[3:]}]
+    found = quantize(
+        model,
+        batches,
+        target="reference",
+        budget="avg_weight_bits=5",
+        candidates=["w2b16", "w4b16", "w8b16"],
+        progress=False,
+    )
+    entries = compare(found, batches, ids, metric="perplexity", uniform=["w8b16"]).entries
+    with torch.no_grad():
+        expected = perplexity(model(ids)[:, :-1], ids[:, 1:])
+    assert entries["float"].score == pytest.approx(float(expected), rel=1e-5)
+    assert entries["w8b16"].score == pytest.approx(float(expected), rel=0.02)
+    assert entries["w8b16"].sqnr_db > 30 > entries["mixed"].sqnr_db
+    with pytest.raises(BatchError, match=r"labels of shape \[3\] for logits of shape \[3, 6, 7\]"):
+        compare(found, batches, ids[:, 0], metric="perplexity")
 
 
 class FixedBatch(nn.Module):

@@ -15,7 +15,8 @@ def test_it_tells_machine_and_versions() -> None:
     found = environment()
     assert found["python"] == platform.python_version()
     assert found["fxmpq"] == fxmpq.__version__
-    assert found["onnxruntime"] == metadata.version("onnxruntime")
+    for package in ("onnxruntime", "openvino"):
+        assert found[package] == metadata.version(package)
     assert found["threads"] == str(torch.get_num_threads())
     assert int(found["cores"]) >= 1
     assert all(found.values())

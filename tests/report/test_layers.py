@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxmpq.pipeline import Quantized, quantize
+from fxmpq.pipeline import quantize
+from fxmpq.quantized import Quantized
 from fxmpq.report.layers import layer_rows
 from fxmpq.report.report import LayerRow
 from fxmpq.sensitivity.sensitivity import Sensitivity
@@ -44,10 +45,8 @@ def test_rows_name_precision_group_sensitivity_and_kernel(quantized: Quantized) 
         assert row.precision == quantized.plan.choices[row.group]
         expected = quantized.sensitivity.sqnr_db(row.group, row.precision)
         assert row.alone_db == pytest.approx(expected)
-        assert (row.kernel, row.reason) == (
-            "MatMulIntegerToFloat" if row.layer == "fc" else "QLinearConv",
-            "",
-        )
+        assert row.kernel == ("MatMulIntegerToFloat" if row.layer == "fc" else "QLinearConv")
+        assert bool(row.reason) == (row.precision != "w8a8")
 
 
 def test_weights_that_two_calls_share_are_counted_once() -> None:
@@ -84,3 +83,21 @@ def test_a_score_is_no_sqnr(quantized: Quantized) -> None:
     rows = layer_rows(quantized.graph, scores, quantized.convert())
     assert all(row.alone_db is None for row in rows)
     assert any(row.alone_db is not None for row in rows_of(quantized))
+
+
+def test_quantized_products_have_rows_and_their_share_of_the_operations(
+    bert: nn.Module, token_batches: list[dict[str, Tensor]]
+) -> None:
+    found = quantize(
+        bert,
+        token_batches[:1],
+        target="reference",
+        budget="weights=30%",
+        products=True,
+        progress=False,
+    )
+    check_totals(found)
+    rows = [row for row in rows_of(found) if row.precision == "a8"]
+    assert [row.layer.rpartition(".")[2] for row in rows] == ["scores", "context"] * 2
+    assert all(row.group == row.layer and row.weight_bytes == 0 < row.bops for row in rows)
+    assert found.plan.layers[rows[0].layer] == "a8"

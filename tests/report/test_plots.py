@@ -37,7 +37,7 @@ def many_layers(report: Report, count: int) -> Report:
     return replace(report, layers=tuple(rows))
 
 
-def test_it_names_every_model_with_its_accuracy_and_every_layer(report: Report) -> None:
+def test_it_names_every_model_with_its_score_and_every_layer(report: Report) -> None:
     found = texts(draw(report))
     for label in ("float  93.8 %", "mixed  93.5 %", "w8a8  93.7 %", "w4a8  92.0 %", "w2a8  30.0 %"):
         assert label in found

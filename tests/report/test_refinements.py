@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import fx
 
 from fxmpq.graph.state import Refinement, copy_graph, state_of, with_state
-from fxmpq.pipeline import Quantized
+from fxmpq.quantized import Quantized
 from fxmpq.report.refinements import (
     WHOLE_MODEL,
     refinement_grid,

@@ -19,10 +19,10 @@ def test_it_survives_a_file(report: Report, tmp_path: Path) -> None:
 
 def test_the_file_names_every_entrys_figures(report: Report) -> None:
     content = json.loads(report.to_json())
-    assert (content["schema"], content["version"]) == ("fxmpq.report", 1)
+    assert (content["schema"], content["version"]) == ("fxmpq.report", 2)
     assert list(content["entries"]) == ["float", "mixed", "w8a8", "w4a8", "w2a8"]
     assert content["entries"]["mixed"] == {
-        "accuracy": 0.935,
+        "score": 0.935,
         "sqnr_db": 25.0,
         "weight_bytes": 150_000,
         "bops": 1_500_000_000,
@@ -36,12 +36,12 @@ def test_the_file_names_every_entrys_figures(report: Report) -> None:
     ("change", "words"),
     [
         ({"entries": [1]}, "'entries' maps names"),
-        ({"entries": {"float": {"accuracy": 1.0}}}, "missing 4 required"),
+        ({"entries": {"float": {"score": 1.0}}}, "missing 4 required"),
         ({"entries": {"float": 3}}, "expected a Entry as an object; found 3"),
         ({"layers": {"a": 1}}, "expected a list of LayerRow"),
         ({"curve": [{"weight_bytes": 1, "sqnr_db": 2.0, "colour": "red"}]}, "colour"),
         ({"titel": "x"}, "unknown fields \\['titel'\\]"),
-        ({"version": 2}, "expected version 1"),
+        ({"version": 1}, "expected version 2"),
     ],
 )
 def test_files_that_hold_something_else_are_refused(

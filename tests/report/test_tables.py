@@ -7,7 +7,13 @@ import pytest
 from rich.console import Console
 
 from fxmpq.report.report import Entry, RefinementRow, Report
-from fxmpq.report.tables import comparison_rows, comparison_table, layer_table, print_tables
+from fxmpq.report.tables import (
+    comparison_columns,
+    comparison_rows,
+    comparison_table,
+    layer_table,
+    print_tables,
+)
 
 
 def printed(report: Report, width: int) -> list[str]:
@@ -28,8 +34,18 @@ def test_every_row_fits_eighty_columns_uncut(report: Report) -> None:
 
 def test_what_stays_float_has_a_reason_and_no_sensitivity(report: Report) -> None:
     lines = printed(report, 120)
-    assert "head fp32 4.00 kB 3.00 M float: kept by <you>" in lines
-    assert "attention.0 fp32 0 B 7.00 M float: it is fused" in lines
+    assert "head fp32 4.00 kB 3.00 M float (1)" in lines
+    assert "attention.0 fp32 0 B 7.00 M float (2)" in lines
+    assert "(1) kept by <you>" in lines
+    assert "(2) it is fused" in lines
+
+
+def test_a_reason_stands_once_below_the_table(report: Report) -> None:
+    rows = tuple(replace(row, reason="for reasons") for row in report.layers[:2])
+    table = layer_table(replace(report, layers=(*rows, report.layers[2])))
+    assert list(table.columns[-1].cells) == ["QLinearConv (1)", "QLinearConv (1)", "QLinearConv"]
+    assert table.caption == "(1) for reasons"
+    assert layer_table(replace(report, layers=report.layers[2:3])).caption is None
 
 
 @pytest.mark.parametrize(
@@ -51,6 +67,22 @@ def test_a_model_without_products_has_no_share_of_them(report: Report) -> None:
     entries = {"float": Entry(1.0, None, 10, 0, 1.0), "mixed": Entry(1.0, None, 5, 0, 1.0)}
     rows = comparison_rows(replace(report, entries=entries))
     assert rows["mixed"] == ("100.00 %", "+0.00", "exact", "5 B", "50.0 %", "0", "", "1.00 ms")
+
+
+def test_perplexities_are_shown_with_their_relative_change(report: Report) -> None:
+    entries = {
+        "float": Entry(16.0, None, 100, 50, 1.0),
+        "mixed": Entry(16.42, 30.0, 15, 10, 1.0),
+    }
+    found = replace(report, metric="perplexity", entries=entries)
+    assert comparison_columns(found)[:3] == ("perplexity", "change", "SQNR")
+    rows = comparison_rows(found)
+    assert rows["float"][:2] == ("16.00", "")
+    assert rows["mixed"][:2] == ("16.42", "+2.6 %")
+    assert comparison_columns(report)[:3] == ("accuracy", "points", "SQNR")
+    large = Entry(29.74, 129.8, 14_700_000, 1_100_000_000_000, 117.81)
+    lines = printed(replace(found, entries={"float": large, "mixed": large, "w4b32": large}), 80)
+    assert "w4b32 29.74 +0.0 % 129.8 dB 14.7 MB 100.0 % 1.10 T 100.0 % 117.81 ms" in lines
 
 
 def test_a_method_that_predicts_nothing_leaves_its_column_empty(report: Report) -> None:
