@@ -1,120 +1,31 @@
-"""Small models with random weights of many transformers architectures, and an input for each."""
+"""Small configurations of many transformers architectures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-Inputs = dict[str, Tensor]
-
-_SIZES: Mapping[str, Any] = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 128,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
-_DECODER: Mapping[str, Any] = {**_SIZES, "num_key_value_heads": 2, "use_cache": False}
-_VISION: Mapping[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 128,
-    "image_size": 32,
-    "patch_size": 8,
-}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A small model of one architecture.
-
-    Args:
-        config: Options of its configuration.
-        inputs: Makes a batch of so many samples from a generator.
-        head: The auto class that builds it.
-    """
-
-    config: Mapping[str, Any]
-    inputs: Callable[[int, torch.Generator], Inputs]
-    head: Any = AutoModel
-    more: Mapping[str, Any] = field(default_factory=dict)
-
-    def build(self, name: str) -> nn.Module:
-        """The model, in eval mode, the same weights every time."""
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(name, **{**self.config, **self.more})
-        return self.head.from_config(config).eval()
-
-
-def _tokens(samples: int, generator: torch.Generator) -> Inputs:
-    ids = torch.randint(3, 120, (samples, 16), generator=generator)
-    return {"input_ids": ids}
-
-
-def _masked(samples: int, generator: torch.Generator) -> Inputs:
-    found = _tokens(samples, generator)
-    return {**found, "attention_mask": torch.ones_like(found["input_ids"])}
-
-
-def _pair(samples: int, generator: torch.Generator) -> Inputs:
-    found = _tokens(samples, generator)
-    return {**found, "decoder_input_ids": torch.randint(3, 120, (samples, 8), generator=generator)}
-
-
-def _images(size: int) -> Callable[[int, torch.Generator], Inputs]:
-    def make(samples: int, generator: torch.Generator) -> Inputs:
-        return {"pixel_values": torch.randn(samples, 3, size, size, generator=generator)}
-
-    return make
-
-
-def _audio(samples: int, generator: torch.Generator) -> Inputs:
-    return {"input_values": torch.randn(samples, 800, generator=generator)}
-
-
-def text(**more: Any) -> Architecture:
-    """An encoder of token ids with a mask."""
-    return Architecture(_SIZES, _masked, AutoModel, more)
-
-
-def decoder(**more: Any) -> Architecture:
-    """A causal language model."""
-    return Architecture(_DECODER, _tokens, AutoModelForCausalLM, more)
-
-
-def seq2seq(**more: Any) -> Architecture:
-    """An encoder and a decoder."""
-    return Architecture({**_DECODER}, _pair, AutoModel, more)
-
-
-def vision(size: int = 32, **more: Any) -> Architecture:
-    """A patch transformer on images."""
-    return Architecture({**_VISION, "image_size": size}, _images(size), AutoModel, more)
-
-
-def conv(size: int = 64, **more: Any) -> Architecture:
-    """A convolutional network on images, with only the options given."""
-    return Architecture({}, _images(size), AutoModel, more)
-
-
-def audio(**more: Any) -> Architecture:
-    """An encoder of raw waveforms."""
-    return Architecture(_SIZES, _audio, AutoModel, more)
-
+from _small_models import (
+    SIZES,
+    Architecture,
+    AutoModel,
+    audio,
+    conv,
+    decoder,
+    masked_tokens,
+    seq2seq,
+    spectrogram,
+    text,
+    tokens,
+    video,
+    vision,
+)
 
 _STAGES: Mapping[str, Any] = {"depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 48, 64]}
 _SWIN: Mapping[str, Any] = {
     "embed_dim": 16,
-    "depths": [1, 1, 2, 1],
-    "num_heads": [1, 2, 2, 4],
+    "depths": [1, 1, 2],
+    "num_heads": [1, 2, 4],
     "window_size": 4,
     "patch_size": 4,
 }
@@ -157,26 +68,26 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "roformer": text(embedding_size=64),
     "megatron-bert": text(),
     "nystromformer": Architecture(
-        _SIZES,
-        _tokens,
+        SIZES,
+        tokens,
         AutoModel,
-        {"num_landmarks": 4, "segment_means_seq_len": 16, "conv_kernel_size": 3},
+        {"num_landmarks": 16, "segment_means_seq_len": 16, "conv_kernel_size": 3},
     ),
     "ernie": text(),
     "esm": text(mask_token_id=4, position_embedding_type="absolute"),
-    "fnet": Architecture(_SIZES, _tokens, AutoModel, {"use_tpu_fourier_optimizations": False}),
+    "fnet": Architecture(SIZES, tokens, AutoModel, {"use_tpu_fourier_optimizations": False}),
     "funnel": Architecture(
         {"vocab_size": 128, "block_sizes": [1, 1], "d_model": 64, "n_head": 4, "d_head": 16},
-        _masked,
+        masked_tokens,
         AutoModel,
-        {"d_inner": 128},
+        {"d_inner": 128, "num_decoder_layers": 1, "architectures": ["FunnelModel"]},
     ),
     "layoutlm": text(),
     "longformer": text(attention_window=4),
     "modernbert": text(global_attn_every_n_layers=2, local_attention=8),
     "nomic_bert": text(),
     "xlnet": Architecture(
-        {"vocab_size": 128, "d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128}, _masked
+        {"vocab_size": 128, "d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128}, masked_tokens
     ),
     "gpt2": decoder(n_embd=64, n_layer=2, n_head=4),
     "gpt_neo": decoder(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]),
@@ -224,8 +135,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "clip_vision_model": vision(projection_dim=32),
     "siglip_vision_model": vision(),
     "data2vec-vision": vision(),
-    "hiera": vision(
-        64, image_size=[64, 64], embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2]
+    "hiera": conv(
+        64,
+        image_size=[64, 64],
+        embed_dim=16,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        masked_unit_size=[8, 8],
     ),
     "swin": conv(64, image_size=64, **_SWIN),
     "swinv2": conv(64, image_size=64, **_SWIN),
@@ -248,7 +164,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "segformer": conv(
         depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 48, 64], num_attention_heads=[1, 2, 2, 4]
     ),
-    "cvt": conv(embed_dim=[16, 32, 64], depth=[1, 1, 2], num_heads=[1, 2, 4]),
+    "cvt": conv(embed_dim=[16, 32, 64], depth=[1, 2, 3], num_heads=[1, 2, 4]),
     "levit": conv(
         64,
         image_size=64,
@@ -288,4 +204,19 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "unispeech": audio(
         **_SPEECH, num_codevectors_per_group=8, codevector_dim=16, proj_codevector_dim=16
     ),
+    "videomae": video(),
+    "timesformer": video(),
+    "audio-spectrogram-transformer": spectrogram(
+        max_length=32, num_mel_bins=16, frequency_stride=8, time_stride=8
+    ),
+    "swin2sr": conv(
+        32, image_size=32, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4
+    ),
+    "dinov3_vit": vision(),
+    "dinov3_convnext": conv(**_STAGES),
+    "mamba2": decoder(state_size=8, num_heads=8, head_dim=16, n_groups=1, chunk_size=8),
+    "rwkv": decoder(),
+    "gpt_oss": decoder(**_MOE, head_dim=16),
+    "ibert": text(),
+    "lfm2": decoder(),
 }

@@ -41,6 +41,12 @@ def resnet18(labels: int = 2) -> ResNetForImageClassification:
     return ResNetForImageClassification(config).eval()
 
 
+def resnet50(labels: int = 2) -> ResNetForImageClassification:
+    """ResNet-50 with random weights: transformers' own, with bottleneck blocks."""
+    torch.manual_seed(0)
+    return ResNetForImageClassification(ResNetConfig(num_labels=labels)).eval()
+
+
 def small_bert() -> BertForSequenceClassification:
     """A 6x384 BERT with random weights and 10 labels."""
     torch.manual_seed(0)

@@ -57,6 +57,9 @@ def run(
             refined, None, data, method="qat", progress=False, seed=seed, **options
         )
         show(label, trained, time.process_time() - start)
+        start = time.process_time()
+        matched = fxmpq.refine(trained, None, inputs, method="norm_reestimation", progress=False)
+        show(f"{label}, norms re-estimated", matched, time.process_time() - start)
 
 
 def _resnet20(folder: Path, seed: int) -> None:

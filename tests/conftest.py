@@ -16,7 +16,9 @@ from transformers import (
 )
 
 from fxmpq.calibration.calibrate import calibrate
+from fxmpq.formats import Precision
 from fxmpq.graph.prepare import insert_quantizers
+from fxmpq.graph.rules import OperatorRule, TargetRules
 from fxmpq.graph.state import Refinement, require
 from fxmpq.graph.switch import with_choices
 from fxmpq.graph.trace import trace
@@ -155,6 +157,21 @@ def resnet_graph(resnet: nn.Module, resnet_batches: list[dict[str, Tensor]]) -> 
 @pytest.fixture(scope="session")
 def bert_graph(bert: nn.Module, token_batches: list[dict[str, Tensor]]) -> fx.GraphModule:
     return trace(bert, token_batches[0])
+
+
+@pytest.fixture(scope="session")
+def chip_rules() -> TargetRules:
+    """A chip that adds and concatenates codes of one scale only, and so ties what meets there."""
+    widths = OperatorRule(frozenset({4, 8}), frozenset({4, 8}))
+    return TargetRules(
+        "chip",
+        {"conv": widths, "linear": widths},
+        (Precision(4, 8), Precision(8, 8)),
+        quantize_outputs_of=frozenset({"conv", "add", "cat"}),
+        fusions=(("conv", "relu"), ("add", "relu")),
+        joins=("shared_weight", "shared_input", "added", "concatenated"),
+        shared_ranges=frozenset({"add", "cat"}),
+    )
 
 
 Planned = Callable[..., fx.GraphModule]

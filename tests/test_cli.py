@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +93,8 @@ def test_inspect_prints_the_groups(
     assert call(monkeypatch, "inspect", "resnet.yaml", "exclude=[classifier]") == 0
     printed = capsys.readouterr().out
     assert printed.startswith("21 layers in 19 groups for onnxruntime")
-    assert "shortcut.0  conv 32x16x1x1, 100 k MACs  reads the input of conv1" in printed
+    assert "fused: 10 conv-relu, 9 add-relu" in printed
+    assert re.search("shortcut.0 +conv 32x16x1x1 +100 k MACs, reads the input of conv1", printed)
     assert "kept in float by the user" in printed
     # Nothing is cut where there is no terminal, nor filled up.
     assert printed.splitlines()[0].endswith("MACs a sample (100.0 % of all)")

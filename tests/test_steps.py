@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from fxmpq.errors import FxmpqError, PatternError, PlanError, PrecisionError, TargetError
+from fxmpq.graph.findings import Join
 from fxmpq.graph.state import state_of
 from fxmpq.solver.plan import Plan
 from fxmpq.steps import apply, prepare
@@ -41,6 +42,13 @@ def test_prepare_reads_names(conv_graph: fx.GraphModule, images: list[Tensor]) -
         ({"target": "onnxruntime", "candidates": ["w3a8"]}, PrecisionError, r"\[2, 4, 8\]"),
         ({"keep": {"fcc": "w8a8"}}, PatternError, "'fc'"),
         ({"exclude": ["head*"]}, PatternError, "no layer matches 'head"),
+        ({"ties": "fc"}, PatternError, r"ties is a list of ties, as \['fc'\]"),
+        ({"ties": ["fc"]}, PatternError, "matches one layer, 'fc'"),
+        (
+            {"ties": [("fc", "conv2")], "keep": {"fc": "w4a8", "conv2": "w8a8"}},
+            PrecisionError,
+            "conv2 at w8a8, fc at w4a8. fc is tied to conv2",
+        ),
     ],
 )
 def test_prepare_refuses_what_cannot_be_served(
@@ -80,3 +88,14 @@ def test_exclude_wins_over_a_broad_keep(conv_graph: fx.GraphModule) -> None:
     prepared = prepare(conv_graph, "reference", keep={"*": "w8a8"}, exclude=["fc"])
     found = {g.name: [str(c) for c in g.candidates] for g in state_of(prepared).groups}
     assert found == {"stem.0": ["w8a8"], "conv1": ["w8a8"], "conv2": ["w8a8"], "fc": ["fp32"]}
+
+
+def test_ties_reach_the_groups(conv_graph: fx.GraphModule) -> None:
+    prepared = prepare(conv_graph, "onnxruntime", ties=[("stem*", "conv2")])
+    state = state_of(prepared)
+    assert [[layer.name for layer in group.layers] for group in state.groups] == [
+        ["stem.0", "conv2"],
+        ["conv1", "downsample.0"],
+        ["fc"],
+    ]
+    assert Join("tied", "conv2", "stem.0") in state.joins
