@@ -33,6 +33,9 @@ _UNITS: Mapping[str, float] = {
 }
 _AMOUNT = re.compile(r"(?P<number>[0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(?P<unit>%|[a-z]*)")
 _AVERAGE = "avg_weight_bits"
+WORDS = ("minimize", "loss", "sqnr", _AVERAGE)
+"""What a budget may say besides the names of costs."""
+
 _FLOAT_BITS = 32
 
 
