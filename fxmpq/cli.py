@@ -91,7 +91,10 @@ def inspect(
         ),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="As onnxruntime or reference; a recipe's own without it.")
+        str | None,
+        typer.Option(
+            help="As onnxruntime, or a TOML file that describes one; a recipe's own without it."
+        ),
     ] = None,
 ) -> None:
     """Show which layers share a precision, what they may take, and what stays in float."""

@@ -1,14 +1,16 @@
-"""Saying what is wrong with a recipe, in the recipe's own words."""
+"""Saying what is wrong with a file of settings, in the file's own words."""
 
 from __future__ import annotations
 
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, TypeGuard, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from fxmpq.errors import closest
+
+_KEY = "[key]"
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
@@ -60,30 +62,54 @@ def _walk(
 ) -> tuple[type[BaseModel] | None, list[str]]:
     """The section a problem lies in, and its path as users write it.
 
-    pydantic puts the chosen member of a union into the path, which no recipe contains.
+    pydantic puts the chosen member of a union into the path, and a mark behind a key that is
+    wrong itself; no file contains those.
     """
     section: type[BaseModel] | None = root
-    options: tuple[type[BaseModel], ...] = ()
+    kind: object = root
     names: list[str] = []
     for part in place:
-        chosen = [option for option in options if _source(option) == part]
-        if chosen:
-            section, options = chosen[0], ()
+        if part == _KEY:
             continue
-        names.append(str(part))
-        field = section.model_fields.get(str(part)) if section is not None else None
-        if field is not None:
-            options = _sections_in(field.annotation)
+        members = _members(kind)
+        if members:
+            kind = next((m for m in members if _is_section(m) and _source(m) == part), None)
+        else:
+            names.append(str(part))
+            kind = _inside(kind, str(part))
+        if _is_section(kind):
+            section = kind
     return section, names
+
+
+def _inside(kind: object, name: str) -> object:
+    """What a section holds under a name, or a mapping or sequence in general; else `None`."""
+    if _is_section(kind):
+        field = kind.model_fields.get(name)
+        return None if field is None else _plain(field.annotation)
+    arguments = [argument for argument in get_args(kind) if argument is not ...]
+    return _plain(arguments[-1]) if arguments else None
+
+
+def _plain(annotation: object) -> object:
+    """An annotation without what `Annotated` says of it, and without `None`."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    members = _members(annotation)
+    return _plain(members[0]) if len(members) == 1 else annotation
+
+
+def _members(annotation: object) -> tuple[object, ...]:
+    """The members of a union but `None`; empty for everything else."""
+    if get_origin(annotation) not in (types.UnionType, Union):
+        return ()
+    return tuple(member for member in get_args(annotation) if member is not types.NoneType)
+
+
+def _is_section(kind: object) -> TypeGuard[type[BaseModel]]:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _source(section: type[BaseModel]) -> str:
     (source,) = get_args(section.model_fields["source"].annotation)
     return str(source)
-
-
-def _sections_in(annotation: object) -> tuple[type[BaseModel], ...]:
-    if get_origin(annotation) not in (types.UnionType, Union):
-        return ()
-    members = get_args(annotation)
-    return tuple(m for m in members if isinstance(m, type) and issubclass(m, BaseModel))

@@ -25,6 +25,7 @@ from fxmpq.sensitivity.measure import check_method, measure, reads_labels
 from fxmpq.sensitivity.scores import find_score, is_metric
 from fxmpq.sensitivity.signal import check_base
 from fxmpq.solver.budget import Budget
+from fxmpq.solver.plan import Plan
 from fxmpq.solver.programs import check_program, program_of
 from fxmpq.solver.solve import solve
 from fxmpq.steps import apply, cost, prepare
@@ -112,15 +113,7 @@ def quantize(
         check_refinement(refine, has_labels=False)
     batches = materialize(calibration)
     measured = _measured(batches, labelled, method, options)
-    seconds: dict[str, float] = {}
-    clock = time.perf_counter()
-
-    def lap(step: str) -> None:
-        nonlocal clock
-        now = time.perf_counter()
-        seconds[step] = now - clock
-        clock = now
-
+    laps = _Laps()
     graph = trace(model, batches[0])
     if reads_labels(method, options):
         _try_loss(graph, measured[0], options, is_labelled=labelled is not None)
@@ -135,7 +128,7 @@ def quantize(
     )
     costs = cost(prepared, found_target)
     wanted_budget.check_feasible(costs)
-    lap("trace")
+    laps.end("trace")
     calibrated = calibrate(
         prepared,
         batches,
@@ -144,7 +137,7 @@ def quantize(
         bias_correction=bias_correction,
         progress=progress,
     )
-    lap("calibrate")
+    laps.end("calibrate")
     sensitivity = measure(
         calibrated,
         measured,
@@ -153,16 +146,12 @@ def quantize(
         resume=resume,
         **options,
     )
-    lap("measure")
+    laps.end("measure")
     plan = finish_plan(calibrated, solve(sensitivity, costs, wanted_budget, program=program))
-    lap("solve")
-    if refine is None:
-        simulated = apply(calibrated, plan)
-        return Quantized(simulated, calibrated, plan, sensitivity, costs, found_target, seconds)
-    simulated = refine_graph(
-        calibrated, plan, batches, method=refine, progress=progress, resume=refine_folder(resume)
-    )
-    lap("refine")
+    laps.end("solve")
+    simulated = _simulated(calibrated, plan, batches, refine, progress=progress, resume=resume)
+    if refine is not None:
+        laps.end("refine")
     return Quantized(
         simulated,
         calibrated,
@@ -170,10 +159,40 @@ def quantize(
         sensitivity,
         costs,
         found_target,
-        seconds,
+        laps.seconds,
         refine,
-        tuple(batches),
+        () if refine is None else tuple(batches),
     )
+
+
+class _Laps:
+    """Wall time per step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def end(self, step: str) -> None:
+        """Write down the time since the step before."""
+        now = time.perf_counter()
+        self.seconds[step] = now - self._since
+        self._since = now
+
+
+def _simulated(
+    calibrated: fx.GraphModule,
+    plan: Plan,
+    batches: list[Batch],
+    refine: str | None,
+    *,
+    progress: bool,
+    resume: str | Path | None,
+) -> fx.GraphModule:
+    """The graph of a plan, refined if that is asked for."""
+    if refine is None:
+        return apply(calibrated, plan)
+    folder = refine_folder(resume)
+    return refine_graph(calibrated, plan, batches, method=refine, progress=progress, resume=folder)
 
 
 def refine_folder(journal: str | Path | None) -> Path | None:

@@ -15,6 +15,7 @@ from fxmpq.recipes.schema import RecipeError
 from fxmpq.steps import prepare
 from fxmpq.storage.load import load
 from fxmpq.storage.save import FILE
+from fxmpq.targets.registry import get_target
 
 
 def prepared_graph(
@@ -63,7 +64,7 @@ def _saved_graph(folder: Path, overrides: list[str], target: str | None) -> fx.G
     prepared_for = state_of(graph).target
     if prepared_for is None:
         return prepare(graph, target or "reference")
-    if target not in (None, prepared_for):
+    if target is not None and get_target(target).name != prepared_for:
         raise RecipeError(
             f"asked for the target {target!r}; the graph in {str(folder)!r} was prepared for "
             f"{prepared_for!r}"

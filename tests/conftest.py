@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -28,6 +29,8 @@ from fxmpq.refinement.views import LayerView
 from fxmpq.refinement.walk import Walk
 from fxmpq.targets.registry import get_target
 
+# OpenVINO reports its import over the network, except in continuous integration.
+os.environ["CI"] = "true"
 torch.set_num_threads(1)
 settings.register_profile("fxmpq", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("fxmpq")

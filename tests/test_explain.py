@@ -25,9 +25,18 @@ class Square(BaseModel, extra="forbid"):
     width: Annotated[int, AfterValidator(refuse_odd)]
 
 
+class Frame(BaseModel, extra="forbid"):
+    thickness: int | Literal["hair"] = 1
+
+
 class Drawing(BaseModel, extra="forbid"):
     shape: Annotated[Circle | Square, Field(discriminator="source")]
-    colours: dict[str, int] = Field(default_factory=dict)
+    colours: dict[Annotated[str, Field(max_length=5)], int] = Field(default_factory=dict)
+    frames: dict[str, Frame] | None = None
+    rows: tuple[Frame, ...] = ()
+
+
+ROUND = {"shape": {"source": "circle", "radius": 1}}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +61,18 @@ class Drawing(BaseModel, extra="forbid"):
         ({"shape": {"source": "circle"}}, "  shape.radius: missing"),
         ({}, "  shape: missing"),
         (
+            {**ROUND, "frames": {"a": {"thicknes": 2}}},
+            "  frames.a.thicknes: there is no such key; closest: 'thickness'",
+        ),
+        (
+            {**ROUND, "rows": [{"thicknes": 2}]},
+            "  rows.0.thicknes: there is no such key; closest: 'thickness'",
+        ),
+        (
+            {**ROUND, "colours": {"purple": 1}},
+            "  colours.purple: string should have at most 5 characters; found 'purple'",
+        ),
+        (
             {"shape": {"source": "circle", "radius": 1}, "colours": {"red": "much"}},
             (
                 "  colours.red: input should be a valid integer, unable to parse string as an "
@@ -64,3 +85,10 @@ def test_a_problem_is_one_line_in_the_readers_words(content: object, line: str) 
     with pytest.raises(ValidationError) as caught:
         Drawing.model_validate(content)
     assert explain(caught.value, Drawing) == line
+
+
+def test_kinds_of_values_are_not_part_of_a_path() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Drawing.model_validate({**ROUND, "frames": {"a": {"thickness": "thin"}}})
+    lines = explain(caught.value, Drawing).splitlines()
+    assert {line.partition(":")[0] for line in lines} == {"  frames.a.thickness"}

@@ -157,7 +157,8 @@ def test_ranges_of_operands_train(planned: fx.GraphModule, batches: list[Tensor]
     assert len(names) == 4
     for name in names:
         (step,) = learning.get_submodule(name).parameters()
-        assert step.grad is not None and step.grad.abs().sum() > 0
+        assert step.grad is not None
+        assert step.grad.abs().sum() > 0
         step.data.mul_(1.25)
     frozen = fxmpq.apply(planned, state_of(planned).choices)
     freeze(learning, frozen)

@@ -50,7 +50,9 @@ def read_costs(path: str | Path, table: CostTable) -> CostTable:
     metrics, rows = file.rows()
     known = [metric for metric in metrics if metric in table.metrics]
     if known:
-        raise FileFormatError(f"{file.path} has costs {known[0]!r}, which the table has already")
+        raise FileFormatError(
+            f"{file.path} has costs {known[0]!r}, which the table has already; take that column out"
+        )
     found = {metric: file.costs(rows, index, table) for index, metric in enumerate(metrics)}
     return replace(
         table,

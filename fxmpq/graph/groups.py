@@ -120,7 +120,7 @@ def _is_weight_only(
     found = [
         entry for kind in {m.kind for m in members} for entry in rules.candidates_for(kind, wanted)
     ]
-    return all(precision.activation is None for precision in found)
+    return bool(found) and all(precision.activation is None for precision in found)
 
 
 def _find_joins(

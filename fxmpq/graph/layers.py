@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor, fx
 
 from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.batches import batch_size
+from fxmpq.graph.constants import constant_nodes
 from fxmpq.graph.operators import FLOAT_MATMULS, RECURRENT, argument, operator_of
 from fxmpq.graph.state import Layer, LeftFloat, node_shape, state_of
 
 aten = torch.ops.aten
+
+_OF_TWO_TENSORS = frozenset({aten.matmul.default, aten.bmm.default, aten.baddbmm.default})
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,14 @@ def find_layers(graph: fx.GraphModule) -> FoundLayers:
         The layers and what stays float, each with its multiply-accumulates per sample.
     """
     samples = batch_size(state_of(graph).example)
+    constants = constant_nodes(graph)
     layers: list[Layer] = []
     left: list[LeftFloat] = []
     calls: Counter[str] = Counter()
     for node in graph.graph.nodes:
         if node.target in FLOAT_MATMULS:
             macs = float_matmul_macs(node) // samples
-            left.append(LeftFloat(place_of(node), FLOAT_MATMULS[node.target], macs))
+            left.append(LeftFloat(place_of(node), float_reason(node, constants), macs))
             continue
         operator = operator_of(node)
         if operator is None:
@@ -77,6 +82,18 @@ def find_layers(graph: fx.GraphModule) -> FoundLayers:
             )
         )
     return FoundLayers(tuple(layers), tuple(left))
+
+
+def float_reason(node: fx.Node, constants: Collection[fx.Node]) -> str:
+    """Why a matrix product stays float.
+
+    Args:
+        node: A call of an operator of `FLOAT_MATMULS`.
+        constants: What is the same in every call, from `constant_nodes`.
+    """
+    if node.target in _OF_TWO_TENSORS and any(factor in constants for factor in node.args[-2:]):
+        return "this product with a stored tensor is computed in float"
+    return FLOAT_MATMULS[node.target]
 
 
 def _shape(node: object) -> torch.Size:

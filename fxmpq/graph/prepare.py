@@ -23,7 +23,7 @@ from fxmpq.graph.operators import OPERATORS, argument
 from fxmpq.graph.patterns import Ties, read_ties
 from fxmpq.graph.rules import TargetRules
 from fxmpq.graph.shared_ranges import SharedRanges, find_shared_ranges, joins_for_ranges
-from fxmpq.graph.sites import Site, find_sites
+from fxmpq.graph.sites import Site, find_sites, joins_for_sites
 from fxmpq.graph.state import Group, Layer, LeftFloat, Member, copy_graph, require, with_state
 from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
 
@@ -117,13 +117,14 @@ def _arrange(
     rules: TargetRules,
     fusions: Sequence[Fusion],
 ) -> tuple[Grouping, list[Site], SharedRanges]:
-    """Form groups and find their sites; again where tensors of one range ask for more joins."""
+    """Form groups and find their sites; again where a site or a range asks for more joins."""
     further: tuple[Join, ...] = ()
     while True:
         grouping = form(further)
         sites = find_sites(graph, grouping.groups, rules, fusions)
         shared = find_shared_ranges(graph, sites, rules, fusions)
-        found = joins_for_ranges(shared, sites, grouping.groups)
+        found = joins_for_sites(graph, grouping.groups, rules)
+        found += joins_for_ranges(shared, sites, grouping.groups)
         if not found:
             return grouping, sites, shared
         further += found

@@ -6,9 +6,12 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+if TYPE_CHECKING:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 _OWN_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 _LONGEST = 200
@@ -51,6 +54,9 @@ def noted_sizes() -> Iterator[dict[str, str]]:
     Yields:
         Line of the model's code per size, as `L['x'].size()[0]`; it fills as the export runs.
     """
+    # Here, since it loads SymPy.
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     found: dict[str, str] = {}
     fix: Callable[..., object] | None = getattr(ShapeEnv, _FIXES, None)
     if fix is None:

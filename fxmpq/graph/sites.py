@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from fxmpq.graph.findings import Fusion
+from fxmpq.graph.findings import Fusion, Join
 from fxmpq.graph.operators import OPERATORS, argument
 from fxmpq.graph.products import product_operands
 from fxmpq.graph.rules import TargetRules
@@ -51,12 +51,7 @@ def find_sites(
         One site a tensor.
     """
     sites: dict[fx.Node, Site] = {}
-    quantizing = {
-        member.node: group
-        for group in groups
-        for member in group.members
-        if any(candidate.activation_bits is not None for candidate in group.candidates)
-    }
+    quantizing = _quantizing(groups)
     for node in graph.graph.nodes:
         for source in _read_in_codes(node) if node.name in quantizing else ():
             value, reader = stored_source(source, node, rules)
@@ -66,6 +61,46 @@ def find_sites(
     _store_outputs(graph, quantizing, rules, fusions, sites)
     order = {node: position for position, node in enumerate(graph.graph.nodes)}
     return sorted(sites.values(), key=lambda site: order[site.value])
+
+
+def joins_for_sites(
+    graph: fx.GraphModule, groups: Sequence[Group], rules: TargetRules
+) -> tuple[Join, ...]:
+    """The groups that must become one, since they read one site, past operators on codes.
+
+    Groups whose candidates hold a single activation format need not be joined.
+
+    Args:
+        graph: A canonical graph.
+        groups: Its groups so far.
+        rules: The target's.
+
+    Returns:
+        Joins of the layers or products that read the site, by the rule `shared_input`.
+    """
+    quantizing = _quantizing(groups)
+    names = {member.node: member.name for group in groups for member in group.members}
+    first: dict[fx.Node, str] = {}
+    joins: dict[Join, None] = {}
+    for node in graph.graph.nodes:
+        for source in _read_in_codes(node) if node.name in quantizing else ():
+            value, _ = stored_source(source, node, rules)
+            other = first.setdefault(value, node.name)
+            found = [quantizing[other], quantizing[node.name]]
+            formats = {candidate.activation for group in found for candidate in group.candidates}
+            if found[0] is not found[1] and len(formats) > 1:
+                joins[Join("shared_input", names[node.name], names[other])] = None
+    return tuple(joins)
+
+
+def _quantizing(groups: Sequence[Group]) -> dict[str, Group]:
+    """Groups with quantized activations, by the nodes of their layers and products."""
+    return {
+        member.node: group
+        for group in groups
+        for member in group.members
+        if any(candidate.activation is not None for candidate in group.candidates)
+    }
 
 
 def _read_in_codes(node: fx.Node) -> tuple[fx.Node, ...]:

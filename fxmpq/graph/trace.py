@@ -24,6 +24,7 @@ from fxmpq.graph.key_value_cache import without_cache
 from fxmpq.graph.legality.stages import check_stage
 from fxmpq.graph.passes import CANONICAL_PASSES
 from fxmpq.graph.quantizable import QuantizableGraph
+from fxmpq.graph.remembering import check_keeps_nothing, written_buffers
 from fxmpq.graph.run import record_shapes
 from fxmpq.graph.state import GraphState, is_traced, with_state
 
@@ -50,8 +51,8 @@ def trace(model: nn.Module, batch: Batch) -> fx.GraphModule:
         A `GraphModule`.
 
     Raises:
-        TraceError: If the model does not export, with what `torch.export` reports; or if it is
-            already fxmpq's.
+        TraceError: If the model does not export, with what `torch.export` reports; if it is
+            already fxmpq's; or if its results depend on the calls before.
         BatchError: If the batch is not one of the three, or the model cannot run it.
 
     Examples:
@@ -67,9 +68,11 @@ def trace(model: nn.Module, batch: Batch) -> fx.GraphModule:
             program, dynamic, fixed = export_program(model, args, kwargs)
         exported = program.module(check_guards=False)
         graph = _own_copy(exported)
+        written = written_buffers(graph)
         for canonical_pass in CANONICAL_PASSES:
             canonical_pass(graph)
             checked_pass(graph, canonical_pass)
+        check_keeps_nothing(graph, written, type(model).__name__)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         leaves = [leaf.cpu() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         state = GraphState(spec, tuple(leaves), dynamic, "", fixed_sizes=fixed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator as python_operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.constants import constant_nodes
-from fxmpq.graph.layers import find_layers, place_of
+from fxmpq.graph.layers import find_layers, float_reason, place_of
 from fxmpq.graph.operators import FLOAT_MATMULS, argument, operator_of
 from fxmpq.graph.state import GraphState, require
 
@@ -165,7 +165,7 @@ def weight_share(graph: fx.GraphModule) -> WeightShare:
                 is_stored = source.op == "get_attr"
                 name = str(source.target) if is_stored else place_of(source)
                 sizes[name] = value.numel()
-                reasons.setdefault(name, _reason(node, is_stored))
+                reasons.setdefault(name, _reason(node, constants, is_stored=is_stored))
     left = tuple((name, size, reasons[name]) for name, size in sizes.items() if name not in layers)
     total = sum(sizes.values())
     return WeightShare(total - sum(size for _, size, _ in left), total, left)
@@ -239,10 +239,12 @@ def _value(graph: fx.GraphModule, node: fx.Node) -> object:
     return get_tensor(graph, str(node.target)) if is_stored else node.meta.get("val")
 
 
-def _reason(product: fx.Node, is_stored: bool) -> str:
+def _reason(product: fx.Node, constants: Collection[fx.Node], *, is_stored: bool) -> str:
     if not is_stored:
         return "it is computed from stored tensors, not stored"
     operator = operator_of(product)
     if operator is not None:
         return "it is moved on the way to its layer, not read as it is stored"
-    return FLOAT_MATMULS.get(product.target, f"{product.target} has no quantized form")
+    if product.target in FLOAT_MATMULS:
+        return float_reason(product, constants)
+    return f"{product.target} has no quantized form"

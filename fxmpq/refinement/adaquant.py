@@ -17,7 +17,7 @@ from fxmpq.refinement.best_seen import BestSeen
 from fxmpq.refinement.bias_correction import correct_bias
 from fxmpq.refinement.descent import check_rates, check_steps, descend
 from fxmpq.refinement.units import Units
-from fxmpq.refinement.variables import FreeWeight, LearnedBias, LearnedRange
+from fxmpq.refinement.variables import FreeWeight, LearnedBias, LearnedRange, shares_range
 from fxmpq.refinement.views import LayerView
 from fxmpq.refinement.walk import Walk
 
@@ -218,8 +218,12 @@ def _is_trainable(view: LayerView) -> bool:
 
 
 def _own_quantizer(view: LayerView) -> ActivationQuantizer | None:
-    """The input's quantizer if its range may be trained: an even grid that nobody else reads."""
+    """The input's quantizer if its range may be trained: an even grid that nobody else reads.
+
+    One that shares its range with other tensors keeps it.
+    """
     found, source = view.input_quantizer, argument(view.node, view.operator.input)
     is_own = isinstance(source, fx.Node) and len(source.users) == 1
+    is_own = is_own and not shares_range(view.graph, view.layer.input_quantizer)
     is_even = found is not None and found.active is not None and found.active.is_integer
     return found if is_own and is_even else None

@@ -11,14 +11,14 @@ from torch import Tensor, fx
 
 from fxmpq.errors import FxmpqError, closest
 from fxmpq.graph.batches import Batch
-from fxmpq.graph.state import Refinement, require, state_of
+from fxmpq.graph.state import Refinement, require
 from fxmpq.quantizers.modules import ActivationQuantizer
 from fxmpq.refinement.best_seen import BestSeen
 from fxmpq.refinement.blocks import Block, find_blocks
 from fxmpq.refinement.descent import check_rates, check_steps, descend
 from fxmpq.refinement.fisher import WEIGHTINGS, fisher_weights
 from fxmpq.refinement.units import Units
-from fxmpq.refinement.variables import LearnedBias, LearnedRange, SoftWeight
+from fxmpq.refinement.variables import LearnedBias, LearnedRange, SoftWeight, shares_range
 from fxmpq.refinement.views import BlockView, QuantizedLayer
 from fxmpq.refinement.walk import Walk
 
@@ -268,12 +268,11 @@ def _ranges(view: BlockView) -> dict[str, LearnedRange]:
     One that shares its range with other tensors keeps it.
     """
     inside = set(view.block.nodes)
-    shared = {name for names in state_of(view.graph).shared_ranges for name in names}
     found = {}
     for node in view.block.nodes:
         if node.op != "call_module" or not inside.issuperset(node.users):
             continue
-        if str(node.target) in shared:
+        if shares_range(view.graph, str(node.target)):
             continue
         module = view.graph.get_submodule(str(node.target))
         active = module.active if isinstance(module, ActivationQuantizer) else None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxmpq.formats import NumberFormat
 from fxmpq.graph.operators import output_channels
+from fxmpq.graph.state import state_of
 from fxmpq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 from fxmpq.quantizers.ranges import ActivationRange
 from fxmpq.quantizers.scales import spread_scale
@@ -101,6 +102,11 @@ class SoftWeight:
     def write(self) -> None:
         """Store the hard codes in the quantizer."""
         self._quantizer.set_codes(self._format, hard_codes(self._lower, self.v.detach()))
+
+
+def shares_range(graph: fx.GraphModule, name: str | None) -> bool:
+    """Whether an activation quantizer, by its module name, has one range with others."""
+    return any(name in names for names in state_of(graph).shared_ranges)
 
 
 class LearnedRange:

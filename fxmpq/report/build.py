@@ -67,6 +67,7 @@ def build_report(
         data=data,
         metric=metric,
         target=converted.target,
+        runtime=converted.runtime,
         budget=plan.budget or "",
         method=plan.method or "",
         calibration_samples=calibration_samples,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxmpq.costs.cost import COSTS
 from fxmpq.costs.table import CostTable
 from fxmpq.errors import BatchError
 from fxmpq.formats import Precision
@@ -113,6 +114,7 @@ def compare(
             weight_bytes=_total(quantized.costs, "weights", plans.get(name)),
             bops=_total(quantized.costs, "bops", plans.get(name)),
             latency_ms=times[name],
+            costs=_own_costs(quantized.costs, plans.get(name)),
         )
         for name, tally in tallies.items()
     }
@@ -176,6 +178,14 @@ def float_graph(graph: fx.GraphModule) -> fx.GraphModule:
 def _total(costs: CostTable, metric: str, choices: Mapping[str, str] | None) -> int:
     total = costs.float_total[metric] if choices is None else costs.total(metric, choices)
     return round(total)
+
+
+def _own_costs(costs: CostTable, choices: Mapping[str, str] | None) -> dict[str, float]:
+    """Totals in the metrics that not every target has; of the float model where they are known."""
+    own = [metric for metric in costs.metrics if metric not in COSTS]
+    if choices is None:
+        return {m: costs.float_total[m] for m in own if m in costs.float_total}
+    return {metric: costs.total(metric, choices) for metric in own}
 
 
 def _one_sample(graph: fx.GraphModule, batch: Batch) -> Batch:

@@ -15,7 +15,7 @@ from fxmpq.report.refinement_plot import refinement_svg
 from fxmpq.report.refinements import WHOLE_MODEL, refinement_grid, refinement_rows_text
 from fxmpq.report.report import Report
 from fxmpq.report.sizes import fixed_size_lines
-from fxmpq.report.tables import comparison_columns, comparison_rows
+from fxmpq.report.tables import comparison_columns, comparison_rows, own_cost_lines
 from fxmpq.report.wording import counted, decibels, percent
 
 _TEMPLATE = "report.html.jinja"
@@ -47,6 +47,7 @@ def render_html(report: Report) -> str:
         report=report,
         columns=comparison_columns(report),
         rows=comparison_rows(report),
+        own_costs=own_cost_lines(report),
         mixed=MIXED,
         highlights=highlights(report),
         facts=_facts(report),

@@ -125,7 +125,7 @@ def _draw_curve(axes: Axes, report: Report) -> None:
     # Room for the labels: of the smallest model on the left, of float at the top.
     known = [*sizes, *(entry.weight_bytes for entry in report.entries.values())]
     decades = np.log10(max(known) / min(known)) or 1.0
-    axes.set_xlim(min(known) / 10 ** (0.24 * decades), max(known) * 10 ** (0.1 * decades))
+    axes.set_xlim(min(known) / 10 ** (0.3 * decades), max(known) * 10 ** (0.1 * decades))
     axes.margins(y=0.1)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.12 * (high - low))

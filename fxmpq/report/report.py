@@ -30,6 +30,8 @@ class Entry:
         weight_bytes: Stored weights with their scales; biases are not counted.
         bops: Bit operations for one sample.
         latency_ms: Wall time of one batch of `Report.latency_samples` on one thread.
+        costs: What it costs in metrics that the target or the user has figures for, as cycles;
+            the float model's only where they are known.
     """
 
     score: float
@@ -37,6 +39,7 @@ class Entry:
     weight_bytes: int
     bops: int
     latency_ms: float
+    costs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ class Report:
         model: Which model, for people.
         data: Which data, for people.
         target: The target's name.
+        runtime: The name of the target that ran the models, which a target of one's own is based
+            on; the target itself if empty.
         budget: As asked.
         method: Sensitivity method.
         calibration_samples: Number of samples the search saw.
@@ -141,6 +146,7 @@ class Report:
     data: str = ""
     metric: str = "accuracy"
     target: str = ""
+    runtime: str = ""
     budget: str = ""
     method: str = ""
     calibration_samples: int = 0
@@ -162,6 +168,11 @@ class Report:
     def is_predicting(self) -> bool:
         """Whether the sensitivities are noise powers, which predict an output SQNR."""
         return self.unit == "noise"
+
+    @property
+    def measured_on(self) -> str:
+        """The name of the target that ran the models."""
+        return self.runtime or self.target
 
     @property
     def prediction(self) -> str:

@@ -17,6 +17,7 @@ _COLUMNS = ("SQNR", "weights", "share", "BOPs", "share", "latency")
 """Headings of the comparison behind the score and its difference; `share` is of float."""
 _OTHER_COLUMNS = 59  # what the other columns take
 _REFINED_NAME = 32
+_COUNTED = 1000  # smaller figures, as of millijoules, may be fractions
 
 
 def layer_table(report: Report, name_length: int = 80) -> Table:
@@ -92,7 +93,7 @@ def comparison_table(report: Report) -> Table:
         A Rich table.
     """
     table = _narrow_table(
-        f"On {report.test_samples:,} test samples, all running on {report.target}"
+        f"On {report.test_samples:,} test samples, all running on {report.measured_on}"
     )
     table.add_column("model")
     for heading in (METRICS[report.metric].short, *comparison_columns(report)[1:]):
@@ -133,10 +134,32 @@ def comparison_rows(report: Report) -> dict[str, tuple[str, ...]]:
     }
 
 
+def own_cost_lines(report: Report) -> list[str]:
+    """What the models cost in metrics of the target's own, a line a metric, also against float.
+
+    Args:
+        report: With entries `float` and `mixed`.
+    """
+    in_float = report.entries[FLOAT].costs
+    lines = []
+    for metric in report.entries[MIXED].costs:
+        parts = []
+        for name, entry in report.entries.items():
+            if metric in entry.costs:
+                is_share = name != FLOAT and in_float.get(metric)
+                share = f" ({percent(entry.costs[metric] / in_float[metric])})" if is_share else ""
+                cost = entry.costs[metric]
+                shown = counted(cost) if cost >= _COUNTED else f"{cost:.3g}"
+                parts.append(f"{name} {shown}{share}")
+        lines.append(f"{metric} by the target's figures: {', '.join(parts)}")
+    return lines
+
+
 def print_tables(report: Report, console: Console) -> None:
     """Print the layers, what refinement did to them if it was done, then the comparison.
 
-    Sizes that the export fixed follow, with its reason.
+    What the models cost in metrics of the target's own follows, then sizes that the export fixed,
+    with its reason.
 
     Args:
         report: From `build_report`.
@@ -148,7 +171,7 @@ def print_tables(report: Report, console: Console) -> None:
         console.print(refinement_table(report, name_length=_REFINED_NAME))
     console.print()
     console.print(comparison_table(report))
-    for line in fixed_size_lines(report.fixed_sizes):
+    for line in [*own_cost_lines(report), *fixed_size_lines(report.fixed_sizes)]:
         console.print(line, markup=False, highlight=False)
 
 

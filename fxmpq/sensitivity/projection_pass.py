@@ -169,6 +169,10 @@ class ProjectionPass(fx.Interpreter):
         arguments: Sequence[object],
         strides: tuple[int | None, int | None],
     ) -> Tensor:
+        is_map = layer.kind in ("conv", "conv_transpose") and x.dim() < changes.weights.dim() - 1
+        if is_map:
+            # One map without a batch dimension, such as a parameter: all samples share it.
+            x, gradient, strides = x[None], gradient[None], (None, None)
         rows = _rows_by_sample(layer.kind, x, gradient, strides, self._samples)
         x, gradient = rows or (x, gradient)
         samples = 1 if rows is None else self._samples

@@ -77,7 +77,7 @@ def convert(
     if not state.choices:
         raise PlanError("the graph has no chosen precisions; call fxmpq.apply(graph, plan) first")
     converted = found.convert(graph, None if output is None else Path(output))
-    converted = replace(converted, target=found.name)
+    converted = replace(converted, target=found.name, runtime=converted.target)
     if verify is False:
         return converted
     batches = [_example_batch(graph)] if verify is True else materialize(verify, "verification")

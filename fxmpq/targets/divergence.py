@@ -53,6 +53,9 @@ class _TargetFed(fx.Interpreter):
         entry = self._values.get(n.name)
         if entry is None or not isinstance(result, Tensor):
             return result
+        if entry.value.shape != result.shape:
+            # Of a layer on constants, say, which a runtime computes on loading with what reads it.
+            return result
         value = entry.value.to(result)
         self.found.append(LayerAgreement(entry.layer, agreement_db([result], [value])))
         return value

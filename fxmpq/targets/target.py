@@ -60,6 +60,8 @@ class Converted:
         sqnr_db: Agreement with the simulation on the checked batches, `inf` if equal.
         layer_values: Takes a batch and tells what the target computed for its layers, those it
             can tell about, with the kernels that `run` uses; `None` if for none.
+        runtime: The name of the target whose converter made it: another one than `target` where
+            a file describes that.
     """
 
     target: str
@@ -69,6 +71,7 @@ class Converted:
     layers: tuple[LayerReport, ...]
     sqnr_db: float = float("nan")
     layer_values: Callable[[Batch], Sequence[LayerValue]] | None = None
+    runtime: str = ""
 
     def report(self) -> list[dict[str, str]]:
         """The layers' fates as plain rows with `layer`, `asked`, `kernel` and `reason`."""

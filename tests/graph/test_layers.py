@@ -53,6 +53,25 @@ class Twice(nn.Module):
         return self.fc(self.fc(self.fc(x)))
 
 
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("stored", "product with a stored tensor"), ("both", "two activations")]
+)
+def test_a_product_with_a_stored_tensor_is_told_from_one_of_activations(
+    kind: str, reason: str
+) -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vector = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ (self.vector if kind == "stored" else x.sum((0, 1)))
+
+    (entry,) = find_layers(trace(Product(), torch.ones(2, 3, 4))).left_float
+    assert entry.name == "matmul"
+    assert reason in entry.reason
+
+
 def test_further_calls_of_a_weight_are_numbered() -> None:
     layers = find_layers(trace(Twice(), torch.ones(2, 4))).layers
     assert [layer.name for layer in layers] == ["fc", "fc#2", "fc#3"]

@@ -59,7 +59,7 @@ def test_a_kind_that_only_stores_takes_the_weight_half_once() -> None:
 def test_the_description_names_every_kind() -> None:
     assert RULES.describe() == (
         "conv: weights [4, 8], activations [8], scales per channel; "
-        "embedding: weights [4], activations [None], scales per channel"
+        "embedding: weights [4], activations [float], scales per channel"
     )
 
 
@@ -119,8 +119,8 @@ def test_candidates_of_one_width_have_an_order_of_their_own() -> None:
 
 def test_the_description_names_floats_and_granularities() -> None:
     assert WIDE.describe() == (
-        "conv: weights [4], activations [8, None], floats ['e2m1', 'e4m3'], scales per channel, "
-        "per block; embedding: weights [4], activations [None], floats ['e4m3'], scales per "
+        "conv: weights [4], activations [8, float], floats ['e2m1', 'e4m3'], scales per channel, "
+        "per block; embedding: weights [4], activations [float], floats ['e4m3'], scales per "
         "channel; linear: weights [4], activations [8], scales per tensor"
     )
 
@@ -191,7 +191,7 @@ PRODUCT = OperatorRule(
 def test_a_product_runs_activations_alone(name: str, runs: bool) -> None:
     assert PRODUCT.is_activation_only
     assert PRODUCT.runs(Precision.parse(name)) is runs
-    assert PRODUCT.describe() == "activations [16, 8], floats ['e4m3']"
+    assert PRODUCT.describe() == "activations [8, 16], floats ['e4m3']"
 
 
 def test_activations_alone_are_of_products_only() -> None:

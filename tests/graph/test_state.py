@@ -5,13 +5,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmpq.calibration.calibrate import calibrate
-from fxmpq.steps import cost
 from fxmpq.errors import FxmpqError, PrecisionError
 from fxmpq.formats import Precision
 from fxmpq.graph.prepare import insert_quantizers
 from fxmpq.graph.state import Group, copy_graph, node_shape, require, require_groups, state_of
 from fxmpq.graph.trace import trace
 from fxmpq.sensitivity.measure import measure
+from fxmpq.steps import cost
 from fxmpq.targets.reference import REFERENCE
 
 

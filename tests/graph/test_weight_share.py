@@ -79,6 +79,7 @@ LEFT: dict[str, tuple[Forward, str, int, str]] = {
         6,
         "computed from stored tensors",
     ),
+    "product": (lambda model, x: x @ model.vector, "vector", 6, "product with a stored tensor"),
     "vector": (lambda model, x: torch.mv(x[0], model.vector), "vector", 6, "aten.mv.default"),
     "moved": (
         lambda model, x: torch.tensordot(x, model.weight[:3].T.reshape(6, 3), ([2], [0])),

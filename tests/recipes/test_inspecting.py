@@ -9,7 +9,10 @@ from torch import Tensor, fx
 from fxmpq.errors import FxmpqError
 from fxmpq.graph.state import state_of
 from fxmpq.recipes.inspecting import prepared_graph
+from fxmpq.steps import prepare
 from fxmpq.storage.save import save
+
+NPU = Path(__file__).parents[2] / "docs" / "examples" / "npu.toml"
 
 
 def test_a_recipe_is_prepared_as_it_says() -> None:
@@ -51,6 +54,15 @@ def test_a_saved_graph_is_shown_as_it_is(
         prepared_graph(tmp_path / "calibrated", [], "onnxruntime")
     with pytest.raises(FxmpqError, match="takes no 'exclude="):
         prepared_graph(tmp_path / "calibrated", ["exclude=[fc]"])
+
+
+def test_a_saved_graph_may_be_asked_for_by_its_targets_file(
+    conv_graph: fx.GraphModule, tmp_path: Path
+) -> None:
+    folder = save(prepare(conv_graph, NPU), tmp_path / "prepared")
+    assert state_of(prepared_graph(folder, [], str(NPU))).target == "npu"
+    with pytest.raises(FxmpqError, match="'reference'; the graph .* prepared for 'npu'"):
+        prepared_graph(folder, [], "reference")
 
 
 def test_a_traced_graph_is_prepared(conv_graph: fx.GraphModule, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxmpq.errors import FxmpqError
 from fxmpq.formats import NumberFormat
-from fxmpq.graph.state import Refinement, copy_graph, require
+from fxmpq.graph.state import Refinement, copy_graph, require, state_of, with_state
 from fxmpq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 from fxmpq.refinement import adaquant as module
 from fxmpq.refinement.adaquant import adaquant
@@ -108,6 +109,23 @@ def test_a_rate_that_is_far_too_high_changes_nothing(
     done = run(subject.planned, subject.batches, steps=16, **{rate: 1e6})
     assert all(entry.after == entry.before for entry in done)
     assert state(subject.planned) == before
+
+
+def test_tensors_of_one_range_keep_it(plan_of: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+    subject = plan_of(model, [draw(24, 6)], precisions=("w8a4",))
+    graph = subject.planned
+    found = {n: m for n, m in graph.named_modules() if isinstance(m, ActivationQuantizer)}
+    shared = tuple(found)[:2]
+    with_state(graph, replace(state_of(graph), shared_ranges=(shared,)))
+    for m in found.values():
+        m.ranges["uint4"] = replace(m.ranges["uint4"], scale=m.ranges["uint4"].scale / 2)
+    before = {name: m.ranges["uint4"] for name, m in found.items()}
+    run(graph, subject.batches, steps=40, range_rate=0.02)
+    changed = {name for name, m in found.items() if m.ranges["uint4"] != before[name]}
+    assert changed == set(found) - set(shared)
+    assert changed
 
 
 def test_it_takes_a_good_part_of_the_error_of_coarse_layers(plan_of: Callable[..., Any]) -> None:

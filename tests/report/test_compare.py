@@ -60,6 +60,22 @@ def test_only_the_mixed_model_is_written(comparison: Comparison) -> None:
     assert comparison.latency_samples == 1
 
 
+def test_a_target_that_a_file_describes_is_converted_for(
+    conv_net: nn.Module, images: list[Tensor], labels: Tensor
+) -> None:
+    npu = Path(__file__).parents[2] / "docs" / "examples" / "npu.toml"
+    found = quantize(conv_net, images, target=npu, budget="cycles=50%", progress=False)
+    compared = compare(found, images, labels, uniform=["w8a8"])
+    assert compared.converted.target == "npu"
+    assert compared.converted.runtime == "reference"
+    assert list(compared.entries) == ["float", "mixed", "w8a8"]
+    cycles = {name: entry.costs["cycles"] for name, entry in compared.entries.items()}
+    assert cycles["float"] == found.costs.float_total["cycles"]
+    assert cycles["mixed"] == found.plan.costs["cycles"]
+    assert cycles["mixed"] <= 0.5 * cycles["float"]
+    assert cycles["w8a8"] == found.costs.total("cycles", found.costs.uniform("w8a8"))
+
+
 def test_labels_that_do_not_fit_are_refused_before_anything_is_converted(
     quantized: Quantized, images: list[Tensor]
 ) -> None:

@@ -119,3 +119,10 @@ def test_refinement_is_shown_where_it_was_done(report: Report) -> None:
     assert render_html(refined).count("<svg") == 2
     ids = re.findall(r'\bid="([^"]+)"', render_html(refined))
     assert all(link.removeprefix("#") in ids for link in page.links)
+
+
+def test_costs_of_the_targets_own_stand_below_the_comparison(report: Report) -> None:
+    mixed = replace(report.entries["mixed"], costs={"cycles": 3_000.0})
+    page = render_html(replace(report, entries={**report.entries, "mixed": mixed}))
+    assert "cycles by the target&#39;s figures: mixed 3.00 k.</p>" in page
+    assert "target&#39;s figures" not in render_html(report)

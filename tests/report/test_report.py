@@ -27,6 +27,7 @@ def test_the_file_names_every_entrys_figures(report: Report) -> None:
         "weight_bytes": 150_000,
         "bops": 1_500_000_000,
         "latency_ms": 0.5,
+        "costs": {},
     }
     assert content["search_seconds"] == {"trace": 1.0, "measure": 2.5}
     assert content["environment"]["cpu"] == "a processor"

@@ -32,6 +32,32 @@ def test_every_row_fits_eighty_columns_uncut(report: Report) -> None:
     assert not any("…" in line for line in lines)
 
 
+def with_costs(report: Report) -> Report:
+    """A target of one's own, whose models the reference ran."""
+    costs = {
+        "float": {"cycles": 60_000.0},
+        "mixed": {"cycles": 3_000.0, "energy": 0.4},
+        "w8a8": {"cycles": 1_500.0, "energy": 0.0},
+    }
+    entries = {name: replace(report.entries[name], costs=found) for name, found in costs.items()}
+    return replace(report, entries=entries, target="npu", runtime="reference")
+
+
+def test_costs_of_the_targets_own_are_told(report: Report) -> None:
+    lines = printed(with_costs(report), 120)
+    says = "by the target's figures: "
+    assert f"cycles {says}float 60.0 k, mixed 3.00 k (5.0 %), w8a8 1.50 k (2.5 %)" in lines
+    assert f"energy {says}mixed 0.4, w8a8 0" in lines
+    assert not any(says in line for line in printed(report, 120))
+
+
+def test_what_ran_the_models_is_told(report: Report) -> None:
+    lines = printed(with_costs(report), 120)
+    assert "Layers at weights=15% on npu" in lines
+    assert "On 4,000 test samples, all running on reference" in lines
+    assert "On 4,000 test samples, all running on onnxruntime" in printed(report, 120)
+
+
 def test_what_stays_float_has_a_reason_and_no_sensitivity(report: Report) -> None:
     lines = printed(report, 120)
     assert "head fp32 4.00 kB 3.00 M float (1)" in lines

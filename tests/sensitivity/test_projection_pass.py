@@ -163,6 +163,19 @@ class SharedTable(nn.Module):
         return self.head(x) * torch.tanh(self.scores(self.table)).mean(0)
 
 
+class SharedMap(nn.Module):
+    """A convolution of a map without a batch dimension, which belongs to no sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Parameter(torch.randn(3, 6, 6))
+        self.conv, self.up = nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 3, 2)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) * self.up(self.conv(self.map).relu()).mean((1, 2))
+
+
 @pytest.mark.parametrize(
     ("model", "shape", "seeds"),
     [
@@ -171,6 +184,7 @@ class SharedTable(nn.Module):
         (Frames, (8, 4, 3, 6, 6), 1),
         # What all samples share gets one draw a probe, not one a sample.
         (SharedTable, (8, 6), 32),
+        (SharedMap, (8, 6), 32),
     ],
 )
 def test_samples_that_do_not_lie_first(

@@ -112,3 +112,18 @@ def test_the_reference_target_is_exact_layer_by_layer(
     found = layer_agreements(graph, made, token_batches[1])
     assert len(found) == 17 + 1
     assert all(entry.sqnr_db == math.inf for entry in found)
+
+
+def test_a_value_of_another_shape_is_passed_over(planned: fx.GraphModule) -> None:
+    """A runtime that computed a layer together with its readers tells of these."""
+    made = convert(planned, REFERENCE, verify=False)
+    assert made.layer_values is not None
+    exact = made.layer_values
+
+    def values(batch: Batch) -> list[LayerValue]:
+        one, other = exact(batch)
+        return [replace(one, value=one.value[:, None]), other]
+
+    told = layer_agreements(planned, replace(made, layer_values=values), X)
+    assert [entry.layer for entry in told] == ["other", ""]
+    assert all(entry.sqnr_db == math.inf for entry in told)

@@ -60,9 +60,14 @@ def _positional(subject: Subject) -> Breaches:
 def _linear(subject: Subject) -> Breaches:
     for node in subject.nodes.values():
         operands = _operands(node)
-        if operands is None or subject.stored(operands[0]) is not None:
+        if operands is None:
             continue
-        matrix = operands[1]
+        left, matrix = operands
+        if subject.stored(left) is not None:
+            is_behind = node.target is not aten.addmm.default and _is_matrix(subject, left)
+            if is_behind and matrix not in subject.constants and _rank(matrix) >= 2:
+                yield f"node {called(node)} is a linear layer by another name"
+            continue
         turned = matrix.args[0] if matrix.target in _TURNS else None
         is_turned = _is_matrix(subject, turned)
         if is_turned or (_is_matrix(subject, matrix) and _only_multiplies(matrix)):
@@ -78,8 +83,8 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return None
     added = node.args[0] if place else None
-    # What is added by `addmm` may be a matrix, which no linear layer adds.
-    is_vector = added is None or (isinstance(added, fx.Node) and _rank(added) == 1)
+    # What is added by `addmm` may be a matrix or a number, which no linear layer adds.
+    is_vector = added is None or (isinstance(added, fx.Node) and _is_row(added, right))
     is_stored = added is None or (isinstance(added, fx.Node) and added.op == "get_attr")
     return (left, right) if is_vector and is_stored else None
 
@@ -95,6 +100,13 @@ def _only_multiplies(matrix: fx.Node) -> bool:
 def _is_matrix(subject: Subject, node: object) -> bool:
     tensor = subject.stored(node)
     return tensor is not None and tensor.dim() == 2 and tensor.is_floating_point()
+
+
+def _is_row(added: fx.Node, matrix: fx.Node) -> bool:
+    """Whether a summand is a vector with a value for each column."""
+    value = matrix.meta.get("val")
+    columns = value.shape[-1] if isinstance(value, torch.Tensor) else None
+    return _rank(added) == 1 and added.meta["val"].shape[0] == columns
 
 
 def _rank(node: fx.Node) -> int:
@@ -133,7 +145,10 @@ def _stacks(subject: Subject) -> Breaches:
         factors = [entry for entry in node.args if isinstance(entry, fx.Node)]
         stored = [entry for entry in factors if _is_stack(subject, entry)]
         computed = [entry for entry in factors if entry not in subject.constants]
-        if len(stored) == len(computed) == 1 and len(stored[0].users) == 1:
+        if len(stored) != 1 or len(computed) != 1 or len(stored[0].users) != 1:
+            continue
+        # A stack times a vector has no rows.
+        if factors[0] is computed[0] or _rank(computed[0]) >= 2:
             yield f"node {called(node)} is a layer of several matrices by another name"
 
 
@@ -166,7 +181,11 @@ def _folded(subject: Subject) -> Breaches:
         is_stored = all(
             subject.stored(entry) is not None for entry in node.args[1:5] if entry is not None
         )
-        if is_own and is_stored and len(layer.users) == 1 and None not in node.args[3:5]:
+        weight = subject.stored(owned[0])
+        # One sample's channels come first, a norm's second.
+        is_batch = weight is not None and _rank(layer) == weight.dim()
+        is_alone = len(layer.users) == 1 and None not in node.args[3:5]
+        if is_own and is_stored and is_alone and is_batch:
             yield f"node {called(node)} stands behind the convolution {layer.name!r} alone"
 
 
@@ -190,15 +209,19 @@ POSITIONAL = Rule(
     _positional,
     needed=True,
 )
-LINEAR = Rule("linear layers", "products with a stored matrix are calls of aten.linear", _linear)
+LINEAR = Rule(
+    "linear layers",
+    "products with a stored matrix are calls of aten.linear or fxmpq.linear",
+    _linear,
+)
 LINEAR_EINSUMS = Rule(
     "linear einsums",
-    "einsums that are products with a weight of their own are linear layers",
+    "einsums that are products with a weight of their own are calls of fxmpq.linear",
     _linear_einsums,
 )
 STACKS = Rule(
     "stacked weights",
-    "batched products with a weight of their own are calls of fxmpq's operators",
+    "batched products with a weight of their own are calls of fxmpq.batched_linear",
     _stacks,
 )
 STORED_WEIGHTS = Rule(

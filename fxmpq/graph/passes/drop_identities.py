@@ -8,7 +8,12 @@ from torch import Tensor, fx
 aten = torch.ops.aten
 
 _ASSERTIONS = (aten._assert_tensor_metadata.default,)
-_DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+_DROPOUTS = (
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
+)
 _IDENTITIES = (
     aten.detach.default,
     aten.detach_.default,

@@ -43,9 +43,6 @@ def _fold(graph: fx.GraphModule, norm: fx.Node) -> bool:
     if operator is None or operator.bias is None or is_training:
         return False
     assert isinstance(layer, fx.Node) and isinstance(epsilon, (int, float))
-    # A linear layer's channels come last, a norm's second: they are the same only for [N, C].
-    if operator.kind == "linear" and len(layer.meta["val"].shape) != 2:
-        return False
     if len(layer.users) != 1 or not all(arg is None or _is_stored(arg) for arg in statistics):
         return False
     weight_node, bias_node = argument(layer, operator.weight), argument(layer, operator.bias)
@@ -55,6 +52,10 @@ def _fold(graph: fx.GraphModule, norm: fx.Node) -> bool:
     if bias_node is not None and not _is_own_tensor(bias_node):
         return False
     weight = get_tensor(graph, str(weight_node.target))
+    # A norm's channels come second, a linear layer's last, and those of one sample of a
+    # convolution first: they are the same where the output has the dimensions of the weight.
+    if layer.meta["val"].dim() != weight.dim():
+        return False
     factor = (variance.double() + epsilon).rsqrt()
     factor = factor if gamma is None else factor * gamma.double()
     bias = _value(graph, bias_node)

@@ -58,6 +58,8 @@ def make_linear(graph: fx.GraphModule) -> int:
             arguments = (source, weight) if bias is None else (source, weight, bias)
             linear = graph.graph.call_function(aten.linear.default, arguments)
         linear.meta = dict(node.meta)
+        if node in constants:
+            constants[linear] = linear
         node.replace_all_uses_with(linear)
         graph.graph.erase_node(node)
         if factor is not weight and not factor.users:

@@ -92,11 +92,13 @@ def _product(
     source, factor = (second, first) if is_behind else (first, second)
     if factor not in constants or source in constants or not _is_stack(factor):
         return None
-    if _is_stored(factor):
-        return _Product(node, factor, factor, "behind" if is_behind else "turned")
-    inner = _untransposed(factor)
     if is_behind:
-        return None
+        # A stack times a vector has no rows.
+        fits = _is_stored(factor) and source.meta["val"].dim() >= 2
+        return _Product(node, factor, factor, "behind") if fits else None
+    if _is_stored(factor):
+        return _Product(node, factor, factor, "turned")
+    inner = _untransposed(factor)
     if inner is not None and _is_stored(inner):
         return _Product(node, factor, inner, "plain")
     return _Product(node, factor, None, "turned")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,7 +184,8 @@ def _overloads(name: str, base: TargetRules) -> list[object]:
     packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         raise TargetError(f"through names {name!r}, which is no ATen operator, as 'max_pool2d'")
-    found = [getattr(packet, overload) for overload in packet.overloads()]
+    names: Sequence[str] = packet.overloads()  # type: ignore[no-untyped-call]
+    found = [getattr(packet, overload) for overload in names]
     if base.through and base.through.isdisjoint(found):
         known = {str(entry).split(".")[1] for entry in base.through}
         raise TargetError(

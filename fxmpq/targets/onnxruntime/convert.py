@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
+from fxmpq.errors import TargetError
 from fxmpq.graph.batches import Batch, flat_inputs
 from fxmpq.graph.export import quiet_torch
 from fxmpq.graph.rules import TargetRules
@@ -45,6 +46,9 @@ def convert_onnxruntime(
 
     Returns:
         The converted model; its `module` is an `OnnxModel`.
+
+    Raises:
+        TargetError: If torch's ONNX exporter has no translation for a node, naming it.
     """
     rewritten = to_integer_operators(graph, rules)
     model = _export(rewritten)
@@ -83,11 +87,28 @@ def _export(graph: fx.GraphModule) -> ir.Model:
     make_exportable(graph)
     program = rewritten_program(graph)
     with quiet_torch(), torch.no_grad():
-        exported = torch.onnx.export(
-            program, dynamo=True, opset_version=_OPSET, custom_translation_table=dict(TRANSLATIONS)
-        )
+        table = dict(TRANSLATIONS)
+        try:
+            exported = torch.onnx.export(
+                program, dynamo=True, opset_version=_OPSET, custom_translation_table=table
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise TargetError(
+                f"the ONNX exporter of torch cannot write this model: {_reason(error)}. The target "
+                "'reference' takes every model"
+            ) from error
     assert exported is not None
     return exported.model
+
+
+def _reason(error: BaseException) -> str:
+    """What an exporter's error comes from: the node, and why it cannot be translated."""
+    messages: list[str] = []
+    found: BaseException | None = error
+    while found is not None:
+        messages.append(str(found).partition(" See the stack trace")[0].rstrip("."))
+        found = found.__cause__
+    return ": ".join(messages[1:] or messages)
 
 
 def _drop_notes(model: ir.Model) -> None:

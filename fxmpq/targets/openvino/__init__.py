@@ -39,7 +39,12 @@ def _target(name: str, float_type: str, description: str) -> Target:
         default_candidates=tuple(Precision(bits, 8) for bits in sorted(_WEIGHTS)),
         # Its convolutions run on integers whatever they write, and are fastest writing codes.
         quantize_outputs_of=frozenset({"conv", "add"}),
-        fusions=(("conv", "add", "relu"), ("conv", "add"), ("conv", "relu"), ("add", "relu")),
+        # Left apart, its clamp of codes to [0, 6] may be off by a step.
+        fusions=(
+            ("conv", "add", "relu"),
+            ("conv", "add"),
+            *((first, act) for first in ("conv", "add") for act in ("relu", "relu6", "hardtanh")),
+        ),
         # Each operand of an add has a scale of its own.
         joins=("shared_weight", "shared_input"),
         through=frozenset({aten.max_pool2d.default}),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import openvino as ov
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fxmpq.errors import TargetError
@@ -55,6 +56,23 @@ class OpenvinoModel:
 
     def __call__(self, inputs: Sequence[object]) -> list[Tensor]:
         """Run on flat tensor inputs and return the flat outputs."""
-        tensors = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
-        found = self.compiled([tensor.detach().cpu().contiguous().numpy() for tensor in tensors])
-        return [torch.from_numpy(np.array(found[index])) for index in range(len(found))]
+        leaves = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
+        # Kept until the run is over: the runtime reads their memory.
+        tensors = [leaf.detach().cpu().contiguous() for leaf in leaves]
+        found = self.compiled([_taken(tensor) for tensor in tensors])
+        types = [output.get_element_type() for output in self.compiled.outputs]
+        return [_returned(found[index], found_type) for index, found_type in enumerate(types)]
+
+
+def _taken(tensor: Tensor) -> object:
+    """A tensor as the runtime takes it; NumPy has no bfloat16."""
+    if tensor.dtype is torch.bfloat16:
+        return ov.Tensor(tensor.view(torch.int16).numpy(), tensor.shape, ov.Type.bf16)
+    return tensor.numpy()
+
+
+def _returned(array: NDArray[np.generic], found_type: ov.Type) -> Tensor:
+    """A copy of what the runtime returned; it shows bfloat16 as other floats of 16 bits."""
+    if found_type == ov.Type.bf16:
+        return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))

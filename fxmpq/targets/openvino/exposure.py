@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import openvino as ov
+from openvino import opset13
 from torch import fx
 
 from fxmpq.graph.batches import Batch, flat_inputs
@@ -38,7 +39,8 @@ class ExposedModel:
         indices = {name: index for index, name in enumerate(active_quantizers(graph))}
         for quantizer in self._shown:
             operation = operations[quantization_name(indices[quantizer])]
-            exposed.add_outputs(operation.output(0))
+            # `add_outputs` adds none where the model already returns the value.
+            exposed.add_results([opset13.result(operation.output(0))])
         self.loaded = OpenvinoModel(exposed, options, threads)
 
     def __call__(self, batch: Batch) -> list[LayerValue]:

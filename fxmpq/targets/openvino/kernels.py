@@ -45,16 +45,17 @@ def name_layers(model: ov.Model, layers: Sequence[Layer]) -> None:
 
     A layer is found by its stored codes, or by its weight where that is float and its own. A
     linear layer's bias is added by an operation of its own, which gives its name to the kernel
-    where both run as one; it is named `<layer>/bias`.
+    where both run as one; it is named `<layer>/bias`. Slashes and commas in a layer's own name
+    become underscores.
 
     Args:
         model: From `openvino_model`.
         layers: By their indices.
     """
     readers = Counter(layer.weight for layer in layers)
-    names = {codes_name(index): layer.name for index, layer in enumerate(layers)}
+    names = {codes_name(index): _readable(layer.name) for index, layer in enumerate(layers)}
     weights = {
-        f"{layer.weight.replace('.', '_')}:0": layer.name
+        f"{layer.weight.replace('.', '_')}:0": _readable(layer.name)
         for layer in layers
         if readers[layer.weight] == 1
     }
@@ -95,7 +96,7 @@ class Kernels:
 
     def of_quantized(self, layer: Member, precision: Precision) -> tuple[str, str]:
         """A quantized layer's kernel, and why it differs from what was asked where it does."""
-        found = self._found.get(layer.name, [])
+        found = self._found.get(_readable(layer.name), [])
         if not found:
             return "unknown", "the graph that the runtime executes does not show it"
         if precision.activation is not None:
@@ -107,11 +108,16 @@ class Kernels:
 
     def of_float(self, layer: Member) -> str:
         """The kernel of a layer that stays float; `float` where it is not known."""
-        return _text(self._found.get(layer.name, [])) or "float"
+        return _text(self._found.get(_readable(layer.name), [])) or "float"
 
 
 def _text(kernels: Sequence[_Kernel]) -> str:
     return ", ".join(f"{kernel.kind} {kernel.primitive}" for kernel in kernels)
+
+
+def _readable(name: str) -> str:
+    """A layer's name without what separates names in the graph that is executed."""
+    return name.replace("/", "_").replace(",", "_")
 
 
 def _name(layer: ov.Node, name: str) -> None:

@@ -8,8 +8,16 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import openvino as ov
+import torch
 from openvino import opset13
-from openvino.frontend import FrontEndManager, NodeContext, OpConversionFailure
+from openvino.frontend import (
+    FrontEndManager,
+    GeneralFailure,
+    NodeContext,
+    NotImplementedFailure,
+    OpConversionFailure,
+    OpValidationFailure,
+)
 from openvino.frontend.pytorch import ConversionExtension
 from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
@@ -21,8 +29,12 @@ from fxmpq.errors import TargetError
 from fxmpq.graph.export import quiet_torch
 from fxmpq.targets import qdq  # noqa: F401  (registers torch.ops.fxmpq)
 
+aten = torch.ops.aten
+
 _STORED = {2: ov.Type.u2, 3: ov.Type.u3, 4: ov.Type.i4, 6: ov.Type.u6, 8: ov.Type.i8}
 """OpenVINO has no signed integers of 2, 3 or 6 bits: those codes are stored shifted."""
+
+_FAILURES = (GeneralFailure, NotImplementedFailure, OpConversionFailure, OpValidationFailure)
 
 _COUNTED = re.compile(r"([A-Za-z]+)_\d+")
 
@@ -38,7 +50,7 @@ def openvino_model(program: ExportedProgram) -> ov.Model:
         as `quantization_name` says; all other names depend on the model alone.
 
     Raises:
-        TargetError: If OpenVINO has no translation for an operator, naming it.
+        TargetError: If OpenVINO has no translation for an operator, naming it, or fails otherwise.
     """
     frontend = FrontEndManager().load_by_framework("pytorch")
     for name, translation in TRANSLATIONS.items():
@@ -46,15 +58,16 @@ def openvino_model(program: ExportedProgram) -> ov.Model:
     with quiet_torch():
         # The decoder and what was loaded from it are read until the conversion is over.
         decoder = TorchFXPythonDecoder(_flat_graph(program))
-        loaded = frontend.load(decoder)
         try:
+            loaded = frontend.load(decoder)
             model = frontend.convert(loaded)
-        except OpConversionFailure as error:
+        except _FAILURES as error:
             version = str(ov.__version__).partition("-")[0]
             raise TargetError(
                 f"OpenVINO {version} cannot take this model: {_summary(str(error))}. Target "
                 "'onnxruntime' may, and 'reference' does"
             ) from error
+    _drop_copies(model)
     _shape_biases(model)
     _name_by_order(model)
     return model
@@ -78,8 +91,10 @@ def _flat_graph(program: ExportedProgram) -> fx.GraphModule:
     graph = program.run_decompositions(table).module(check_guards=False)
     assert isinstance(graph, fx.GraphModule)
     output = graph.graph.output_node()
-    leaves = pytree.tree_leaves(output.args)
-    output.args = (tuple(leaf for leaf in leaves if _is_tensor(leaf)),)
+    leaves = [leaf for leaf in pytree.tree_leaves(output.args) if _is_tensor(leaf)]
+    with graph.graph.inserting_before(output):
+        # The frontend takes no value twice among the outputs; `_drop_copies` removes these.
+        output.args = (tuple(_copy(graph, leaf) for leaf in leaves),)
     for node in graph.graph.find_nodes(op="placeholder"):
         if not _is_tensor(node):
             graph.graph.erase_node(node)
@@ -92,8 +107,31 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor)
 
 
+def _copy(graph: fx.GraphModule, leaf: fx.Node) -> fx.Node:
+    """A cast of a value to the type it has."""
+    value = leaf.meta["val"]
+    found = graph.graph.call_function(aten._to_copy.default, (leaf,), {"dtype": value.dtype})
+    found.meta["val"] = value
+    return found
+
+
+def _drop_copies(model: ov.Model) -> None:
+    """Let results read what was computed, not a cast of it to the type it has."""
+    for result in model.get_results():
+        cast = result.input_value(0).get_node()
+        if cast.get_type_name() != "Convert":
+            continue
+        source = cast.input_value(0)
+        if source.get_element_type() == cast.get_output_element_type(0):
+            result.input(0).replace_source_output(source)
+            # The frontend also numbers its tensors.
+            names = {name for name in source.get_names() if not name.isdigit()}
+            source.get_tensor().set_names(names)
+            result.output(0).set_names(names)
+
+
 def _summary(message: str) -> str:
-    """The operators that the frontend names at the end of its report."""
+    """What the frontend names at the end of its report: operators, where those are the reason."""
     _, _, summary = message.rpartition("Summary:")
     lines = [line.strip().removeprefix("-- ") for line in summary.splitlines()]
     return "; ".join(line for line in lines if line)
@@ -108,6 +146,7 @@ def _shape_biases(model: ov.Model) -> None:
         if stored.get_type_name() != "Constant" or not shape.is_static:
             continue
         shaped = opset13.constant(stored.data.reshape(list(shape.to_shape())))
+        shaped.output(0).set_names(stored.output(0).get_names())
         for reader in node.output(0).get_target_inputs():
             reader.replace_source_output(shaped.output(0))
 

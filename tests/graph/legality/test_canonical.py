@@ -103,6 +103,18 @@ def product(graph: fx.GraphModule) -> None:
     behind(graph, linear, aten.matmul.default, matrix)
 
 
+def product_behind(graph: fx.GraphModule) -> None:
+    product(graph)
+    matmul = first(graph, aten.matmul.default)
+    rows, matrix = matmul.args
+    set_tensor(graph, "matrix", torch.ones(4, 5))
+    matrix.meta["val"] = torch.ones(4, 5)
+    with graph.graph.inserting_before(matmul):
+        turned = graph.graph.call_function(aten.t.default, (rows,))
+    turned.meta["val"] = rows.meta["val"].t()
+    matmul.args = (matrix, turned)
+
+
 def turned_product(graph: fx.GraphModule) -> None:
     product(graph)
     matmul = first(graph, aten.matmul.default)
@@ -155,6 +167,7 @@ PLANTS: list[tuple[Rule, Plant, str]] = [
     (KNOWN_NORMS, functional_norm, "is a batch norm by another name"),
     (POSITIONAL, keyword_operands, "'conv2d' .* has no positional input and weight"),
     (LINEAR, product, r"\(aten.matmul.default\) is a linear layer by another name"),
+    (LINEAR, product_behind, r"\(aten.matmul.default\) is a linear layer by another name"),
     (LINEAR, turned_product, r"\(aten.matmul.default\) is a linear layer by another name"),
     (LINEAR, biased_product, r"\(aten.addmm.default\) is a linear layer by another name"),
     (LINEAR_EINSUMS, einsum, r"\(aten.einsum.default\) is a linear layer by another name"),
@@ -220,6 +233,13 @@ def product_with_a_shared_matrix(graph: fx.GraphModule) -> None:
         graph.graph.call_function(aten.neg.default, (matrix,))
 
 
+def product_plus_a_number(graph: fx.GraphModule) -> None:
+    biased_product(graph)
+    offset = first(graph, aten.addmm.default).args[0]
+    set_tensor(graph, "offset", torch.ones(1))
+    offset.meta["val"] = torch.ones(1)
+
+
 @pytest.mark.parametrize(
     ("rule", "change"),
     [
@@ -228,6 +248,7 @@ def product_with_a_shared_matrix(graph: fx.GraphModule) -> None:
         (STORED_WEIGHTS, random_weight),
         (LINEAR_EINSUMS, einsum_that_keeps_an_index_of_both),
         (LINEAR, product_with_a_shared_matrix),
+        (LINEAR, product_plus_a_number),
     ],
 )
 def test_what_no_pass_can_take_away_is_legal(

@@ -70,6 +70,16 @@ def test_detach_goes() -> None:
     assert torch.equal(graph(x), x * 2)
 
 
+@pytest.mark.parametrize(
+    "kind", [nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout]
+)
+def test_every_dropout_goes(kind: type[nn.Module]) -> None:
+    x = torch.randn(2, 3, 4, 4)
+    graph = exported(nn.Sequential(kind(), nn.ReLU()), x)
+    drop_identities(graph)
+    assert operators(graph) == ["aten.relu.default"]
+
+
 def test_an_identity_model_returns_its_input() -> None:
     x = torch.randn(2, 3)
     graph = exported(nn.Dropout(0.5), x)

@@ -203,3 +203,20 @@ def test_tiny_variances_are_folded_in_double_precision(randomize: Randomize) -> 
         fold_batch_norm(graph)
         expected = model.double()(x.double())
         assert torch.allclose(graph(x).double(), expected, rtol=1e-5)
+
+
+def test_a_norm_over_the_positions_of_one_sample_stays(randomize: Randomize) -> None:
+    class OneSample(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            # [4 channels, 4 positions]; the norm takes the positions for channels.
+            return self.norm(self.conv(x.mean(0)))
+
+    model, x = randomize(OneSample()).eval(), torch.randn(2, 3, 6)
+    with torch.no_grad():
+        graph = torch.export.export(model, (x,), strict=False).module(check_guards=False)
+        assert fold_batch_norm(graph) == 0
+        assert torch.equal(graph(x), model(x))

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from fxmpq.graph.layers import find_layers
 from fxmpq.graph.passes.make_linear import make_linear
 from fxmpq.graph.trace import trace
+from fxmpq.graph.weight_share import weight_share
 
 aten = torch.ops.aten
 
@@ -228,3 +229,24 @@ def test_it_says_how_many_it_replaced() -> None:
     graph = program.module(check_guards=False)
     assert make_linear(graph) == 1
     assert make_linear(graph) == 0
+
+
+class LowRank(nn.Module):
+    """A matrix that is the product of two, one of them computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.down, self.up = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.randn(2, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ ((self.down * 0.5) @ self.up)
+
+
+def test_a_product_of_stored_matrices_becomes_one_weight() -> None:
+    model = LowRank().eval()
+    graph = trace(model, batch())
+    assert targets(graph) == [aten.linear.default]
+    share = weight_share(graph)
+    assert (share.quantizable, share.total) == (30, 30)
+    assert torch.equal(graph(batch()), model(batch()))

@@ -69,6 +69,7 @@ OTHERS: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]] = 
     "read elsewhere": ((4, 6, 5), lambda x, w: torch.bmm(x, w) / w.norm()),
     "turned behind": ((4, 6, 5), lambda x, w: torch.bmm(w.mT, x.mT)),
     "four dimensions": ((1, 4, 6, 5), lambda x, w: x @ w),
+    "vector behind": ((4, 5, 6), lambda x, w: (w @ x.mean((0, 1))) + x[:, :, :5].mT.mean()),
     "half": ((4, 6, 5), lambda x, w: torch.bmm(x.bfloat16(), w.bfloat16())),
     "keywords": ((4, 6, 5), lambda x, w: torch.baddbmm(x[..., :5], x, w, alpha=2)),
 }

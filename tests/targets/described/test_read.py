@@ -42,6 +42,29 @@ def test_what_is_left_out_is_as_in_the_target_below(tmp_path: Path) -> None:
     assert found.rules.default_candidates == (Precision(8, 8),)
 
 
+def test_default_candidates_that_are_left_out_are_those_that_run(tmp_path: Path) -> None:
+    found = read(tmp_path, SMALLEST.replace('default_candidates = ["w8a8"]', ""))
+    assert found.rules.default_candidates == (Precision(4, 8), Precision(8, 8))
+
+
+def test_of_what_is_left_out_only_what_the_file_runs_is_inherited(tmp_path: Path) -> None:
+    text = """
+    name = "npu"
+    description = "an example"
+    based_on = "onnxruntime"
+    [operators.linear]
+    weights = [8]
+    activations = [8, "float"]
+    scales = ["channel", "block"]
+    block_sizes = [32]
+    """
+    rules = read(tmp_path, text).rules
+    assert rules.quantize_outputs_of == {"add"}
+    linear = rules.operators["linear"]
+    assert linear.runs(Precision.parse("w8b32"))
+    assert not linear.runs(Precision.parse("w8b32a8"))
+
+
 def test_what_is_said_holds(tmp_path: Path) -> None:
     text = """
     fusions = [["conv", "relu"]]
@@ -66,6 +89,19 @@ def test_what_is_said_holds(tmp_path: Path) -> None:
         (SMALLEST + "joins = ['adds']", "joins by 'adds'; there are 'added'"),
         (SMALLEST + "fusions = [['conv', 'rleu']]", "fuses 'rleu', which is neither"),
         (SMALLEST + "through = ['max_pol2d']", "through names 'max_pol2d'"),
+        (SMALLEST + "through = ['name']", "through names 'name', which is no ATen operator"),
+        (
+            SMALLEST + "based_on = 'onnxruntime'\nthrough = ['relu']",
+            "'relu', which the converter of 'onnxruntime' does not know; it knows max_pool2d",
+        ),
+        (SMALLEST + "operators.embedding = {weigths = [8]}", "closest: 'weights'"),
+        (SMALLEST + "metrics.cycles.operators.conv.per_layers = 1", "closest: 'per_layer'"),
+        (SMALLEST + "metrics.'a,b'.per_layer = 1", "metrics.a,b: string should match"),
+        (SMALLEST + "metrics.sqnr.per_mac = {w8a8 = 1}", "'sqnr' means something else in a budget"),
+        (
+            'name = "npu"\ndescription = "an example"\noperators.conv = {weights = [8]}',
+            "default_candidates is missing, and the operators run none of those of 'reference'",
+        ),
         (SMALLEST + "based_on = 'onnx'", "the targets to base one on are reference"),
         (SMALLEST.replace("npu", "reference"), "'reference' is taken"),
         (SMALLEST.replace("conv", "convolution"), "no kind of operator 'convolution'"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from fxmpq.errors import TargetError
 from fxmpq.formats import Precision
 from fxmpq.graph.run import run_batch
 from fxmpq.graph.state import require
@@ -263,3 +264,17 @@ def test_the_planned_graph_is_left_alone(
     assert not any(name.startswith(("codes_", "bias_codes", "quantizers.codes")) for name in names)
     assert {node.op for node in planned.graph.nodes} >= {"call_module", "get_attr"}
     assert len(made.run(images[0])) == 1
+
+
+class Bessel(nn.Linear):
+    """Computes what ONNX has no operator for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j0(super().forward(x))
+
+
+def test_an_operator_without_a_translation_is_named(calibrated: Made, uniform: Made) -> None:
+    x = torch.randn(4, 8)
+    planned = uniform(calibrated(trace(Bessel(8, 4), x), [x], "onnxruntime"))
+    with pytest.raises(TargetError, match=r"cannot write this model: .*node %bessel_j0.*No ONNX"):
+        convert(planned)

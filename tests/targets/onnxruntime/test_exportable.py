@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -62,7 +64,7 @@ def test_what_the_exporter_takes_is_left_as_it_is(batch: dict[str, Tensor]) -> N
 
 
 def test_the_converted_model_runs_at_another_batch_size(
-    graph: fx.GraphModule, batch: dict[str, Tensor], calibrated
+    graph: fx.GraphModule, batch: dict[str, Tensor], calibrated: Callable[..., fx.GraphModule]
 ) -> None:
     ready = calibrated(graph, [batch], "onnxruntime")
     planned = apply(ready, {"fc": "w8a8"})

@@ -52,6 +52,18 @@ def test_tensors_of_any_layout_run_and_results_are_kept() -> None:
     assert torch.equal(second, torch.ones(2, 3))
 
 
+def test_bfloat16_comes_in_and_out() -> None:
+    x = opset13.parameter([-1, 3], ov.Type.bf16)
+    twice = opset13.add(x, x)
+    mean = opset13.reduce_mean(twice, opset13.constant([0, 1]))
+    loaded = OpenvinoModel(ov.Model([twice, mean], [x]), compile_options("f32"), 1)
+    given = torch.tensor([[1.5, -2.0, 3.0], [0.25, 1e30, 0.0]], dtype=torch.bfloat16)
+    found, found_mean = loaded([given])
+    assert torch.equal(found, given + given)
+    assert found_mean.dtype is torch.bfloat16
+    assert found_mean.shape == ()
+
+
 def test_the_rest_is_computed_in_bfloat16_where_that_is_asked_and_there(
     calibrated: Made, uniform: Made, conv_graph: fx.GraphModule, images: list[Tensor]
 ) -> None:

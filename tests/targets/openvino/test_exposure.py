@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxmpq.graph.run import run_batch
 from fxmpq.graph.state import require
 from fxmpq.graph.switch import with_choices
+from fxmpq.graph.trace import trace
 from fxmpq.targets.convert import convert
 from fxmpq.targets.divergence import layer_agreements
 from fxmpq.targets.openvino.exposure import computed_by
@@ -66,3 +67,29 @@ def test_the_layer_that_differs_is_found(
     other = with_choices(ready, {**require(planned, stage="calibrated").choices, group: "w2a8"})
     agreements = layer_agreements(other, made, images[0])
     assert [entry.layer for entry in agreements if entry.sqnr_db < 35] == ["conv2"]
+
+
+class Returned(nn.Module):
+    """Returns what it also hands on, behind an activation that bounds on both sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = nn.functional.relu6(self.first(x))
+        return y, self.second(y).mean((2, 3))
+
+
+def test_what_the_model_returns_is_shown_too(calibrated: Made, uniform: Made) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 6, 6)
+    graph = uniform(calibrated(trace(Returned(), x), [x], "openvino"), 4)
+    # The runtime clamps codes between two quantizations wrongly, so these run as one kernel.
+    assert [fusion.name for fusion in require(graph, stage="calibrated").fusions] == ["conv-relu6"]
+    made = convert(graph, verify=False)
+    assert made.layer_values is not None
+    shown = made.layer_values(x)
+    assert [entry.layer for entry in shown][:1] == ["first"]
+    assert torch.equal(shown[0].value, made.run(x)[0])
+    assert all(entry.sqnr_db > 50 for entry in layer_agreements(graph, made, x))

@@ -135,3 +135,20 @@ def test_float_layers_are_found_by_their_own_weights() -> None:
     kernels = Kernels(compiled.get_runtime_model())
     assert kernels.of_float(layer("own")).startswith("FullyConnected ")
     assert kernels.of_float(twice[0]) == "float"
+
+
+def test_names_with_separators_are_found() -> None:
+    """Slashes and commas separate names in the graph that the runtime executes."""
+    x = opset13.parameter([-1, 64], np.float32)
+    hidden = opset13.matmul(quantized(x), weight(0, 64, 64, widened=True), False, True)
+    hidden = opset13.matmul(quantized(hidden), weight(1, 64, 64, widened=True), False, True)
+    model = ov.Model([hidden], [x])
+    layers = [layer("left/right"), layer("one,two")]
+    name_layers(model, layers)
+    compiled = ov.Core().compile_model(model, "CPU", compile_options("f32"))
+    compiled([np.ones((2, 64), np.float32)])
+    kernels = Kernels(compiled.get_runtime_model())
+    for one in layers:
+        kernel, reason = kernels.of_quantized(one, Precision(4, 8))
+        assert kernel.lower().endswith("i8")
+        assert reason == ""

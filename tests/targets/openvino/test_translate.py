@@ -9,12 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openvino import opset13
+from openvino.frontend import GeneralFailure
 from torch import Tensor, nn
 
 from fxmpq.errors import TargetError
 from fxmpq.formats import NumberFormat, Scheme
 from fxmpq.quantizers.integer import fake_quantize_activation
 from fxmpq.targets import qdq  # noqa: F401  (registers torch.ops.fxmpq)
+from fxmpq.targets.openvino import translate
 from fxmpq.targets.openvino.translate import (
     TRANSLATIONS,
     codes_name,
@@ -125,6 +127,33 @@ def test_biases_are_stored_in_their_shape_and_names_are_reproducible(
     assert len(set(names[0])) == len(names[0])
 
 
+class Repeating(nn.Module):
+    """Returns its input, a parameter and one value several times, also under other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.offset = nn.Linear(4, 4), nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.fc(x)
+        return x, y, y.clone(), self.offset, y.half(), y, self.offset, x
+
+
+def test_values_may_be_returned_several_times() -> None:
+    torch.manual_seed(0)
+    model, x = Repeating(), torch.randn(3, 4)
+    made = openvino_model(exported(model, x))
+    # No cast is left but the model's own, and outputs are named as what computes them.
+    assert [node.get_type_name() for node in made.get_ordered_ops()].count("Convert") == 1
+    names = [value.any_name for value in made.outputs]
+    cast = "_to_copy:0"
+    assert names == ["x", *["linear:0"] * 2, "offset:0", cast, "linear:0", "offset:0", "x"]
+    compiled = ov.Core().compile_model(made, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = compiled([x.numpy()])
+    for index, expected in enumerate(model(x)):
+        np.testing.assert_allclose(found[index], expected.detach().numpy(), atol=1e-3)
+
+
 class Unknown(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.linalg.eigvalsh(x)
@@ -135,3 +164,24 @@ def test_an_operator_without_translation_is_named() -> None:
         TargetError, match=r"OpenVINO [\d.]+ cannot take this model: .*linalg_eigh.*'reference'"
     ):
         openvino_model(exported(Unknown(), torch.eye(3)))
+
+
+class FailingFrontend:
+    """A frontend that has translations and fails all the same."""
+
+    def load_by_framework(self, framework: str) -> FailingFrontend:
+        return self
+
+    def add_extension(self, extension: object) -> None:
+        return None
+
+    def load(self, decoder: object) -> object:
+        raise GeneralFailure("Check 'rank' failed:\nno such rank")
+
+
+def test_what_else_the_frontend_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(translate, "FrontEndManager", FailingFrontend)
+    with pytest.raises(
+        TargetError, match=r"cannot take this model: Check 'rank' failed:; no such rank\. Target"
+    ):
+        openvino_model(exported(nn.ReLU(), torch.ones(2)))
