@@ -77,14 +77,7 @@ def project_conv(
     if changes[0].numel() > _KERNEL_HEAVY * maps:
         outputs = (torch.convolution(x, change, None, *geometry) for change in changes)
         return torch.stack([(y * gradient).reshape(samples, -1).sum(1) for y in outputs], dim=1)
-    flat = changes.flatten(1).T
-    rows = []
-    for slopes, inputs in zip(gradient.chunk(samples), x.chunk(samples), strict=True):
-        _, slope, _ = torch.ops.aten.convolution_backward.default(
-            slopes, inputs, changes[0], None, *geometry, [False, True, False]
-        )
-        rows.append(slope.flatten() @ flat)
-    return torch.stack(rows)
+    return _by_slopes(x, gradient, changes, geometry, samples)
 
 
 def project_conv_transpose(
@@ -115,6 +108,13 @@ def project_conv_transpose(
         _sizes(output_padding, 0, rank),
         groups if isinstance(groups, int) else 1,
     )
+    return _by_slopes(x, gradient, changes, geometry, samples)
+
+
+def _by_slopes(
+    x: Tensor, gradient: Tensor, changes: Tensor, geometry: tuple[object, ...], samples: int
+) -> Tensor:
+    """Project the changes on each sample's weight gradient, which is formed once for all."""
     flat = changes.flatten(1).T
     rows = []
     for slopes, inputs in zip(gradient.chunk(samples), x.chunk(samples), strict=True):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from fxmpq.targets.onnxruntime.blocks import scale_columns
+from fxmpq.targets.onnxruntime.integer_constants import integer_constant
 from fxmpq.targets.onnxruntime.rewrite_products import is_stored
 
 _WEIGHTS = {"MatMulIntegerToFloat": 1, "MatMulNBits": 1, "GatherBlockQuantized": 0}
@@ -61,29 +61,13 @@ def _insert(
     if not found:
         inputs = [stored]
         if integers is not None:
-            inputs.append(_integers(model, integers))
+            inputs.append(integer_constant(model, integers))
         attributes = {"axis": 1} if operator == "Gather" else {}
         new = ir.node(operator, inputs, attributes=attributes, name=name)
         new.outputs[0].name = name
         found = [new.outputs[0]]
         model.graph.insert_before(model.graph[0], new)
     node.replace_input_with(position, found[0])
-
-
-def _integers(model: ir.Model, values: list[int]) -> ir.Value:
-    """An initializer with these integers; the same one for the same integers."""
-    name = f"layout_{'_'.join(map(str, values))}"
-    found = model.graph.initializers.get(name)
-    if found is None:
-        tensor = ir.tensor(np.array(values, np.int64), name=name)
-        found = ir.Value(
-            name=name,
-            type=ir.TensorType(ir.DataType.INT64),
-            shape=ir.Shape([len(values)]),
-            const_value=tensor,
-        )
-        model.graph.initializers[name] = found
-    return found
 
 
 def _shape(node: ir.Node, position: int) -> tuple[int, ...]:

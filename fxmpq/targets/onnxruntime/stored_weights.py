@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
+
+from fxmpq.targets.onnxruntime.integer_constants import integer_constant
 
 _INTEGER_KERNELS = frozenset({"Conv"})
 """Operators that the runtime runs on integers if their weights are dequantized by an operator."""
@@ -52,15 +53,4 @@ def _spread(model: ir.Model, scale: ir.Value, codes: ir.Value, axis: int) -> ir.
     """A node that gives the scales, one a channel, a shape that broadcasts against the codes."""
     assert codes.const_value is not None
     others = [other for other in range(len(codes.const_value.shape)) if other != axis]
-    name = f"all_but_{axis}_of_{len(others) + 1}"
-    axes = model.graph.initializers.get(name)
-    if axes is None:
-        tensor = ir.tensor(np.array(others, np.int64), name=name)
-        axes = ir.Value(
-            name=name,
-            type=ir.TensorType(ir.DataType.INT64),
-            shape=ir.Shape([len(others)]),
-            const_value=tensor,
-        )
-        model.graph.initializers[name] = axes
-    return ir.node("Unsqueeze", [scale, axes])
+    return ir.node("Unsqueeze", [scale, integer_constant(model, others)])
