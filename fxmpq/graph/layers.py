@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -119,22 +119,41 @@ def float_matmul_macs(node: fx.Node) -> int:
 
     Fused attention with query `[..., T, d]`, key `[..., S, d]`, value `[..., S, e]` does
     `T S (d + e)` for each leading index; a matrix product `[..., T, d] x [d, S]` does
-    `T d S`; a recurrent layer multiplies all its matrices at each position.
+    `T d S`; a recurrent layer multiplies all its matrices at each position, a bilinear form
+    `[..., i] x [o, i, j] x [..., j]` does `o i j`.
     """
-    if node.target is aten.einsum.default:
-        return _einsum_macs(node)
-    if node.target in RECURRENT:
-        return _recurrent_macs(node)
-    shapes = [node_shape(arg) for arg in node.args if isinstance(arg, fx.Node)]
-    known = [shape for shape in shapes if shape is not None]
+    if node.target in _OWN_MACS:
+        return _OWN_MACS[node.target](node)
+    known = _operand_shapes(node)
     output = node_shape(node) or torch.Size([0])
-    if node.target is aten.scaled_dot_product_attention.default and len(known) >= 3:
-        query, key, value = known[:3]
-        return int(query[:-1].numel() * key[-2] * (query[-1] + value[-1]))
     products = [shape for shape in known if len(shape) >= 2]
     if node.target in (aten.addmm.default, aten.baddbmm.default) and len(products) >= 2:
         return int(output.numel() * products[-2][-1])
     return int(output.numel() * known[0][-1]) if known and len(known[0]) > 0 else 0
+
+
+def _operand_shapes(node: fx.Node) -> list[torch.Size]:
+    found = [node_shape(arg) for arg in node.args if isinstance(arg, fx.Node)]
+    return [shape for shape in found if shape is not None]
+
+
+def _attention_macs(node: fx.Node) -> int:
+    query, key, value = _operand_shapes(node)[:3]
+    return int(query[:-1].numel() * key[-2] * (query[-1] + value[-1]))
+
+
+def _tensordot_macs(node: fx.Node) -> int:
+    """Each result sums over all axes that are contracted."""
+    shape, axes = _shape(node.args[0]), node.args[2]
+    assert isinstance(axes, (tuple, list))
+    contracted = {axis % len(shape) for axis in axes if isinstance(axis, int)}
+    summed = math.prod(size for axis, size in enumerate(shape) if axis in contracted)
+    return _shape(node).numel() * summed
+
+
+def _bilinear_macs(node: fx.Node) -> int:
+    """Each result sums over a matrix of weights."""
+    return _shape(node).numel() * _shape(node.args[2])[1:].numel()
 
 
 def _recurrent_macs(node: fx.Node) -> int:
@@ -160,6 +179,16 @@ def _einsum_macs(node: fx.Node) -> int:
         for name, size in zip(names, shape, strict=True):
             sizes[name] = max(sizes.get(name, 1), size)
     return math.prod(sizes.values())
+
+
+_OWN_MACS: Mapping[object, Callable[[fx.Node], int]] = {
+    aten.scaled_dot_product_attention.default: _attention_macs,
+    aten.einsum.default: _einsum_macs,
+    aten.tensordot.default: _tensordot_macs,
+    aten.bilinear.default: _bilinear_macs,
+    **dict.fromkeys(RECURRENT, _recurrent_macs),
+}
+"""Operators that are no plain matrix product."""
 
 
 def is_real_tensor(node: fx.Node) -> bool:

@@ -101,6 +101,9 @@ FLOAT_MATMULS: Mapping[object, str] = {
     aten.addmm.default: "this matrix product is computed in float",
     aten.baddbmm.default: "a product of two activations is computed in float",
     aten.einsum.default: "einsum is computed in float",
+    aten.mv.default: "a product with a vector is computed in float",
+    aten.tensordot.default: "tensordot is computed in float",
+    aten.bilinear.default: "a bilinear form is computed in float",
     **dict.fromkeys(RECURRENT, "recurrent layers are computed in float"),
 }
 

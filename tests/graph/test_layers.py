@@ -121,6 +121,12 @@ class Products(nn.Module):
                 return torch.baddbmm(torch.ones(1, 3, 3), x, other)
             case "einsum":
                 return torch.einsum("bij,bkj->bik", x, x)
+            case "mv":
+                return torch.mv(x[:, 0], x[0, 0])
+            case "tensordot":
+                return torch.tensordot(x, x[0], ([2], [1]))
+            case "bilinear":
+                return nn.functional.bilinear(x, x, torch.ones(4, 5, 5))
             case _:
                 return torch.einsum("...ij,j->...i", x, torch.ones(5))
 
@@ -135,6 +141,9 @@ class Products(nn.Module):
         ("baddbmm", 3 * 3 * 5),
         ("einsum", 3 * 3 * 5),
         ("einsum ellipsis", 3 * 5),
+        ("mv", 5),
+        ("tensordot", 3 * 3 * 5),
+        ("bilinear", 3 * 4 * 5 * 5),
     ],
 )
 def test_products_that_stay_float(kind: str, macs: int) -> None:

@@ -80,12 +80,17 @@ LEFT: dict[str, tuple[Forward, str, int, str]] = {
         "computed from stored tensors",
     ),
     "product": (lambda model, x: x @ model.vector, "vector", 6, "product with a stored tensor"),
-    "vector": (lambda model, x: torch.mv(x[0], model.vector), "vector", 6, "aten.mv.default"),
+    "vector": (
+        lambda model, x: torch.mv(x[0], model.vector),
+        "vector",
+        6,
+        "a product with a vector",
+    ),
     "moved": (
         lambda model, x: torch.tensordot(x, model.weight[:3].T.reshape(6, 3), ([2], [0])),
         "weight",
         36,
-        "aten.tensordot.default",
+        "tensordot is computed in float",
     ),
     "attention": (
         lambda model, x: functional.scaled_dot_product_attention(
