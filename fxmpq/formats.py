@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from fxmpq.errors import PrecisionError
 from fxmpq.granularity import (
+    Dynamic,
     Granularity,
     PerBlock,
     PerChannel,
     PerTensor,
+    dynamic_suffix,
     granularity_suffix,
+    read_dynamic,
 )
 
 _INTEGER_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 _FORMAT = r"\d+|e4m3|e5m2|e2m1"
 _WEIGHT = rf"w(?P<weight>{_FORMAT})(?:(?P<tensor>t)|b(?P<block>\d+))?"
-_PRECISION = re.compile(rf"(?=.)(?:{_WEIGHT})?(?:a(?P<activation>{_FORMAT}))?")
+_PRECISION = re.compile(rf"(?=.)(?:{_WEIGHT})?(?:a(?P<activation>{_FORMAT})(?P<dynamic>dt?)?)?")
 
 
 class Scheme(Enum):
@@ -59,18 +62,18 @@ class ScaleKind(Enum):
 class NumberFormat:
     """The format in which one tensor's codes and scales are stored.
 
-    A code of a `bits`-wide format lies in `[qmin, qmax]`, which is
-    `[-2^(bits-1), 2^(bits-1) - 1]` when symmetric and `[0, 2^bits - 1]` when affine, or for the
-    bit patterns of a float.
+    A code of a `bits`-wide format lies in `[qmin, qmax]`: `[-2^(bits-1), 2^(bits-1) - 1]` when
+    symmetric, `[0, 2^bits - 1]` when affine, or for the bit patterns of a float.
 
     Args:
         bits: Width of one code, one of 2, 3, 4, 5, 6, 7, 8, 16; a float's is its own.
         scheme: What the codes mean.
         granularity: How many values share a scale. Affine formats are of activations and have
             one per tensor; their default stands for that.
+        dynamic: What a range that is found at every run covers; `None` if calibration finds it.
 
     Raises:
-        PrecisionError: If there is no such width, or affine codes are to be in blocks.
+        PrecisionError: If there is no such width, affine codes are in blocks, or others dynamic.
 
     Examples:
         >>> NumberFormat(4).qmin, NumberFormat(4).qmax
@@ -84,6 +87,7 @@ class NumberFormat:
     bits: int
     scheme: Scheme = Scheme.SYMMETRIC
     granularity: Granularity = PerChannel()
+    dynamic: Dynamic | None = None
 
     def __post_init__(self) -> None:
         width = _FLOAT_BITS.get(self.scheme)
@@ -101,14 +105,20 @@ class NumberFormat:
                     f"{self.granularity.size}; weights are symmetric"
                 )
             object.__setattr__(self, "granularity", PerTensor())
+        elif self.dynamic is not None:
+            raise PrecisionError(
+                f"only integer activations find a range at run time, not {self.scheme.value} codes"
+            )
 
     @property
     def is_integer(self) -> bool:
-        """Whether codes are integers on an even grid, so that methods that round can choose them.
-
-        `False` for float formats, whose steps grow with the value.
-        """
+        """Whether codes are integers on an even grid; a float format's steps grow instead."""
         return self.scheme not in _FLOAT_BITS
+
+    @property
+    def has_fixed_grid(self) -> bool:
+        """Whether codes lie on one even grid at every run, so that methods can learn its step."""
+        return self.is_integer and self.dynamic is None
 
     @property
     def qmin(self) -> int:
@@ -137,10 +147,11 @@ class NumberFormat:
 
     @property
     def name(self) -> str:
-        """`int4`, `uint8`, `int4b32`, `int4t`, `fp8_e4m3` and the like."""
-        kinds = {Scheme.SYMMETRIC: f"int{self.bits}", Scheme.AFFINE: f"uint{self.bits}"}
-        kind = kinds.get(self.scheme, f"fp{self.bits}_{self.scheme.value}")
-        return kind + ("" if self.scheme is Scheme.AFFINE else granularity_suffix(self.granularity))
+        """`int4`, `uint8`, `uint8d`, `int4b32`, `int4t`, `fp8_e4m3` and the like."""
+        if self.scheme is Scheme.AFFINE:
+            return f"uint{self.bits}{dynamic_suffix(self.dynamic)}"
+        kind = "int" + _kind(self) if self.is_integer else f"fp{self.bits}_{_kind(self)}"
+        return kind + granularity_suffix(self.granularity)
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -151,9 +162,11 @@ class Precision:
     `a<format>` and `fp32` (all float). A format is the width of an integer (`4`) or a small float
     (`e4m3`, `e5m2`, `e2m1`). The granularity says how many weights share a scale: those of an
     output channel if it is left out, `t` the whole tensor, `b32` blocks of 32. Activations have
-    one scale per tensor; without `a<format>` they stay float. So `w4a8` has 4-bit weights and
-    8-bit activations, `w4b128` 4-bit weights in blocks of 128, `we4m3ae4m3` 8-bit floats. What
-    has no weight, a product of two activations, is at `a8`: both operands in 8 bits.
+    one scale per tensor; without `a<format>` they stay float. Their ranges are calibrated, unless
+    `d` behind an integer asks for one per tensor and run, or `dt` for one per row of its last
+    dimension (a token) and run. So `w4a8` has 4-bit weights and 8-bit activations, `w4b128`
+    4-bit weights in blocks of 128, `we4m3ae4m3` 8-bit floats. What has no weight, a product of two
+    activations, is at `a8`: both operands in 8 bits.
 
     Args:
         weight: Format of the weight codes, or the width of a symmetric integer one with a scale
@@ -169,7 +182,7 @@ class Precision:
         True
         >>> str(Precision.parse("w4")), str(Precision())
         ('w4', 'fp32')
-        >>> Precision.parse("we2m1b32a8").weight.name
+        >>> Precision.parse("we2m1b32a8d").weight.name
         'fp4_e2m1b32'
     """
 
@@ -210,8 +223,9 @@ class Precision:
             raise PrecisionError(
                 f"cannot read the precision {text!r}; write 'w<format>a<format>' as in 'w4a8' or "
                 "'we4m3ae4m3', 'w<format>' for weight-only as in 'w4', with 't' (per tensor) or "
-                "'b<size>' (per block) behind the weight's format as in 'w4b32a8', 'a<format>' for "
-                "a product of two activations as in 'a8', or 'fp32'"
+                "'b<size>' (per block) behind the weight's format as in 'w4b32a8', 'd' (a range "
+                "per run) or 'dt' (per row and run) behind an integer activation as in 'w8a8d', "
+                "'a<format>' for a product of two activations as in 'a8', or 'fp32'"
             )
         granularity: Granularity = PerBlock(int(match["block"])) if match["block"] else PerChannel()
         weight = None
@@ -220,7 +234,8 @@ class Precision:
         if match["activation"] is None:
             return cls(weight)
         read = _read(match["activation"], PerTensor())
-        return cls(weight, read if not read.is_integer else read.bits)
+        scheme = Scheme.AFFINE if read.is_integer else read.scheme
+        return cls(weight, replace(read, scheme=scheme, dynamic=read_dynamic(match["dynamic"])))
 
     def __str__(self) -> str:
         text = ""
@@ -280,4 +295,5 @@ def _read(text: str, granularity: Granularity) -> NumberFormat:
 
 
 def _kind(number_format: NumberFormat) -> str:
-    return str(number_format.bits) if number_format.is_integer else number_format.scheme.value
+    kind = str(number_format.bits) if number_format.is_integer else number_format.scheme.value
+    return kind + dynamic_suffix(number_format.dynamic)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from fxmpq.errors import PrecisionError
 
@@ -45,6 +46,16 @@ Granularity = PerTensor | PerChannel | PerBlock
 """How many values share a scale."""
 
 
+class Dynamic(Enum):
+    """What a range that is found anew at every run covers; the value is what names say of it.
+
+    `TENSOR`: a whole tensor has one range. `ROW`: each row of its last dimension, a token, has one.
+    """
+
+    TENSOR = "d"
+    ROW = "dt"
+
+
 def granularity_suffix(granularity: Granularity) -> str:
     """What a granularity adds to a format's name: `t`, nothing, or `b` and the size.
 
@@ -55,3 +66,23 @@ def granularity_suffix(granularity: Granularity) -> str:
     if isinstance(granularity, PerBlock):
         return f"b{granularity.size}"
     return "t" if isinstance(granularity, PerTensor) else ""
+
+
+def dynamic_suffix(dynamic: Dynamic | None) -> str:
+    """What a range found at every run adds to a format's name: `d`, `dt`, or nothing.
+
+    Examples:
+        >>> [dynamic_suffix(found) for found in (None, Dynamic.TENSOR, Dynamic.ROW)]
+        ['', 'd', 'dt']
+    """
+    return "" if dynamic is None else dynamic.value
+
+
+def read_dynamic(suffix: str | None) -> Dynamic | None:
+    """What a suffix of `dynamic_suffix` stands for; nothing is `None` too.
+
+    Examples:
+        >>> read_dynamic("dt")
+        <Dynamic.ROW: 'dt'>
+    """
+    return Dynamic(suffix) if suffix else None

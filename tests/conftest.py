@@ -208,6 +208,21 @@ def uniform() -> Planned:
     return make
 
 
+@pytest.fixture(scope="session")
+def in_turn() -> Planned:
+    """Sets the groups of a calibrated graph to their candidates in turn."""
+
+    def make(graph: fx.GraphModule) -> fx.GraphModule:
+        groups = require(graph, stage="calibrated").groups
+        choices = {
+            group.name: str(group.candidates[index % len(group.candidates)])
+            for index, group in enumerate(groups)
+        }
+        return with_choices(graph, choices)
+
+    return make
+
+
 @pytest.fixture
 def coarse_refinement(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Registers a refinement of two lines, `coarse`; the list tells the layers it was done to.

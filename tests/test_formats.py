@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fxmpq.errors import PrecisionError
 from fxmpq.formats import NumberFormat, Precision, ScaleKind, Scheme
-from fxmpq.granularity import Granularity, PerBlock, PerChannel, PerTensor
+from fxmpq.granularity import Dynamic, Granularity, PerBlock, PerChannel, PerTensor
 
 WIDTHS = [2, 3, 4, 5, 6, 7, 8, 16]
 FLOATS = {Scheme.E4M3: 8, Scheme.E5M2: 8, Scheme.E2M1: 4}
@@ -26,9 +26,9 @@ def float_format(scheme: Scheme, granularity: Granularity = PerChannel()) -> Num
 weight_formats = st.builds(
     NumberFormat, widths, st.just(Scheme.SYMMETRIC), granularities
 ) | st.builds(float_format, floats, granularities)
-activation_formats = st.builds(NumberFormat, widths, st.just(Scheme.AFFINE)) | st.builds(
-    float_format, floats, st.just(PerTensor())
-)
+activation_formats = st.builds(
+    NumberFormat, widths, st.just(Scheme.AFFINE), dynamic=st.sampled_from([None, *Dynamic])
+) | st.builds(float_format, floats, st.just(PerTensor()))
 formats = weight_formats | activation_formats
 precisions = st.one_of(
     st.just(Precision()), st.builds(Precision, weight_formats, st.none() | activation_formats)
@@ -76,6 +76,48 @@ def test_names_tell_formats_apart_and_are_legal_attributes(
 @given(formats)
 def test_integers_are_told_from_floats(number_format: NumberFormat) -> None:
     assert number_format.is_integer == (number_format.scheme not in FLOATS)
+    is_fixed = number_format.is_integer and number_format.dynamic is None
+    assert number_format.has_fixed_grid == is_fixed
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamic", "stored"),
+    [
+        ("w8a8d", Dynamic.TENSOR, "uint8d"),
+        ("w4a8dt", Dynamic.ROW, "uint8dt"),
+        ("w4b32a4d", Dynamic.TENSOR, "uint4d"),
+        ("a16dt", Dynamic.ROW, "uint16dt"),
+        ("w8a8", None, "uint8"),
+    ],
+)
+def test_ranges_found_at_run_time_are_read_from_names(
+    name: str, dynamic: Dynamic | None, stored: str
+) -> None:
+    found = Precision.parse(name)
+    assert str(found) == name
+    assert found.activation is not None
+    assert (found.activation.dynamic, found.activation.name) == (dynamic, stored)
+
+
+@pytest.mark.parametrize("name", ["w8d", "w8da8", "w8a8t", "w8a8dd", "w8ad"])
+def test_only_activations_have_ranges_found_at_run_time(name: str) -> None:
+    with pytest.raises(PrecisionError, match="behind an integer activation as in 'w8a8d'"):
+        Precision.parse(name)
+
+
+@pytest.mark.parametrize("name", ["we4m3ae4m3d", "w8ae2m1dt"])
+def test_floats_have_no_ranges_found_at_run_time(name: str) -> None:
+    with pytest.raises(PrecisionError, match="only integer activations find a range at run time"):
+        Precision.parse(name)
+    with pytest.raises(PrecisionError, match="not symmetric codes"):
+        NumberFormat(8, dynamic=Dynamic.ROW)
+
+
+def test_a_range_found_at_run_time_comes_behind_the_same_width() -> None:
+    names = ["w8", "w8a8dt", "w8a8", "w4a8d", "w8a8d", "w8a4d"]
+    ordered = sorted(map(Precision.parse, names), key=lambda found: found.sort_key)
+    wanted = ["w4a8d", "w8a4d", "w8a8", "w8a8d", "w8a8dt", "w8"]
+    assert [str(found) for found in ordered] == wanted
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -42,8 +43,11 @@ def calibrate(
     A rule finds activation ranges per tensor, on streaming histograms, and another the scales of
     weights; bias corrections remove the mean that weight rounding takes from each channel of a
     layer's output. Tensors that the target must store with one scale
-    (`TargetRules.shared_ranges`) get one range, found on the values of all. Memory does not grow
-    with the data, and whatever the rules and however many the formats, the data is passed once.
+    (`TargetRules.shared_ranges`) get one range, found on the values of all, and those that it reads
+    as signed codes (`TargetRules.symmetric_inputs_of`) one that is symmetric. Memory does not grow
+    with the data, and whatever the rules and however many the formats, the data is passed once; not
+    at all where nothing is to be found on it, as without bias correction where activations are
+    float or have dynamic ranges.
 
     Args:
         graph: From `prepare`; copied, not changed. One that was calibrated before is calibrated
@@ -81,7 +85,8 @@ def calibrate(
         switch_group(calibrated, group, Precision())
     with torch.inference_mode(False), torch.no_grad():
         observations = Observations(calibrated)
-        observations.observe(track(found, "calibrating", shown=progress))
+        if observations.histograms or (bias_correction and observations.means):
+            observations.observe(track(found, "calibrating", shown=progress))
         for name, histogram in observations.histograms.items():
             _set_ranges(calibrated, name, histogram, chosen.ranges)
         nodes = {node.name: node for node in calibrated.graph.nodes}
@@ -110,10 +115,12 @@ def _set_ranges(
 ) -> None:
     quantizer = graph.get_submodule(name)
     assert isinstance(quantizer, ActivationQuantizer)
-    find, options = RANGES[choice.rule].find, dict(choice.options)
+    find = partial(RANGES[choice.rule].find, is_symmetric=quantizer.is_symmetric)
+    options = dict(choice.options)
     quantizer.ranges = {
         number_format.name: find(histogram, number_format, **options)
         for number_format in quantizer.formats
+        if number_format.dynamic is None
     }
 
 

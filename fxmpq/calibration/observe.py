@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxmpq.errors import CalibrationError
 from fxmpq.graph.batches import Batch, flat_inputs
@@ -15,6 +15,7 @@ from fxmpq.graph.run import float_outputs
 from fxmpq.graph.state import GraphState, require
 from fxmpq.quantizers.histogram import StreamingHistogram
 from fxmpq.quantizers.means import MeanInput
+from fxmpq.quantizers.modules import ActivationQuantizer
 
 
 class Observations(fx.Interpreter):
@@ -24,7 +25,8 @@ class Observations(fx.Interpreter):
         graph: A prepared graph, every quantizer off.
 
     Attributes:
-        histograms: Per activation quantizer module name; those of one range share theirs.
+        histograms: Per name of an activation quantizer with a range to be found; those of one
+            range share theirs.
         means: Per layer node name, for layers with a bias correction.
     """
 
@@ -35,9 +37,11 @@ class Observations(fx.Interpreter):
             name: StreamingHistogram()
             for group in state.groups
             for name in group.activation_quantizers
+            if _has_range(graph.get_submodule(name))
         }
-        for names in state.shared_ranges:
-            self.histograms.update(dict.fromkeys(names, self.histograms[names[0]]))
+        for shared in state.shared_ranges:
+            names = [name for name in shared if name in self.histograms]
+            self.histograms.update(dict.fromkeys(names, StreamingHistogram()))
         self.means = {
             layer.node: MeanInput()
             for group in state.groups
@@ -100,6 +104,12 @@ class Observations(fx.Interpreter):
                 f"computes, holds NaN or infinite values in calibration batch {self._batch}; "
                 f"{_REMEDY}"
             ) from error
+
+
+def _has_range(quantizer: nn.Module) -> bool:
+    """Whether a format of an activation quantizer has a range that does not change."""
+    assert isinstance(quantizer, ActivationQuantizer)
+    return any(number_format.dynamic is None for number_format in quantizer.formats)
 
 
 _REMEDY = "check the data's normalisation and the model's weights"

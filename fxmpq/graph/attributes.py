@@ -40,3 +40,24 @@ def set_tensor(graph: fx.GraphModule, name: str, value: Tensor) -> None:
         owner.register_parameter(leaf, value)
     else:
         owner.register_buffer(leaf, value)
+
+
+def replace_stored(graph: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
+    """Store a transformed tensor in place of the one that a node reads.
+
+    A parameter stays one, with or without gradients as it was, and the value that the export
+    recorded for the node gets the new shape and memory layout.
+
+    Args:
+        graph: Changed in place.
+        node: A `get_attr` node.
+        value: What it is to read.
+    """
+    name = str(node.target)
+    stored = get_tensor(graph, name)
+    if isinstance(stored, nn.Parameter):
+        value = nn.Parameter(value, stored.requires_grad)
+    set_tensor(graph, name, value)
+    recorded = node.meta.get("val")
+    if isinstance(recorded, Tensor):
+        node.meta["val"] = recorded.new_empty_strided(value.shape, value.stride())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -189,13 +190,35 @@ def _allowed(
         precision
         for precision in sorted(set.union(*runs.values()), key=lambda found: found.sort_key)
         if all(rules.operators[kind].half(precision) in found for kind, found in runs.items())
+        and all(_fits(member, precision, rules) for member in members)
     ]
     if not allowed:
         asked = ", ".join(str(precision) for precision in wanted)
         kinds = ", ".join(dict.fromkeys(layer.kind for layer in members))
         raise PrecisionError(
             f"no candidate among {asked} runs on layer {members[0].name!r} ({kinds}); target "
-            f"{rules.name!r} runs {rules.describe()}"
+            f"{rules.name!r} runs {rules.describe()}{_in_blocks(members, rules)}"
             + (f". {_why(members, joins)}" if len(members) > 1 else "")
         )
     return tuple(allowed)
+
+
+def _fits(member: Member, precision: Precision, rules: TargetRules) -> bool:
+    if isinstance(member, Product):
+        return True
+    return rules.operators[member.kind].fits(precision, _channel_weights(member))
+
+
+def _channel_weights(layer: Layer) -> int:
+    """Weights of an output channel."""
+    return math.prod(layer.weight_shape) // layer.weight_shape[layer.channel_axis]
+
+
+def _in_blocks(members: Sequence[Member], rules: TargetRules) -> str:
+    """How many weights there are to cut, where blocks must be whole."""
+    counts = {
+        _channel_weights(member): None
+        for member in members
+        if isinstance(member, Layer) and rules.operators[member.kind].blocks_are_whole
+    }
+    return f", in whole blocks of {' and '.join(map(str, counts))} weights" if counts else ""

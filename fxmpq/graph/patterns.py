@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from fxmpq.errors import PatternError, closest
@@ -26,6 +26,33 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
             f"{closest(pattern, names)}"
         )
     return found
+
+
+def read_exclude(exclude: Iterable[str]) -> tuple[str, ...]:
+    """Read patterns of layers that stay float.
+
+    Args:
+        exclude: fnmatch patterns on layer names.
+
+    Raises:
+        PatternError: If it is one pattern instead of a list, or holds anything else.
+
+    Examples:
+        >>> read_exclude(["classifier", "encoder.0.*"])
+        ('classifier', 'encoder.0.*')
+    """
+    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
+        raise PatternError(
+            "exclude is a list of patterns on layer names, as ['classifier', 'encoder.0.*']; "
+            f"found {exclude!r} alone"
+        )
+    patterns = tuple(exclude)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise PatternError(
+                f"exclude holds patterns on layer names, as 'encoder.0.*'; found {pattern!r}"
+            )
+    return patterns
 
 
 def read_ties(ties: Ties) -> tuple[tuple[str, ...], ...]:

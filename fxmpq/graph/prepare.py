@@ -22,7 +22,12 @@ from fxmpq.graph.legality.stages import check_stage
 from fxmpq.graph.operators import OPERATORS, argument
 from fxmpq.graph.patterns import Ties, read_ties
 from fxmpq.graph.rules import TargetRules
-from fxmpq.graph.shared_ranges import SharedRanges, find_shared_ranges, joins_for_ranges
+from fxmpq.graph.shared_ranges import (
+    SharedRanges,
+    find_shared_ranges,
+    joins_for_ranges,
+    share_symmetry,
+)
 from fxmpq.graph.sites import Site, find_sites, joins_for_sites
 from fxmpq.graph.state import Group, Layer, LeftFloat, Member, copy_graph, require, with_state
 from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
@@ -126,6 +131,7 @@ def _arrange(
         found = joins_for_sites(graph, grouping.groups, rules)
         found += joins_for_ranges(shared, sites, grouping.groups)
         if not found:
+            share_symmetry(shared, sites)
             return grouping, sites, shared
         further += found
 
@@ -161,7 +167,8 @@ def _insert_activation_quantizers(
     for index, site in enumerate(sites):
         module_name = _activation_name(index)
         formats = _distinct(candidate.activation for candidate in by_name[site.group].candidates)
-        quantizer = ActivationQuantizer(f"{site.value.name} ({site.group})", formats)
+        name = f"{site.value.name} ({site.group})"
+        quantizer = ActivationQuantizer(name, formats, site.is_symmetric)
         graph.add_submodule(module_name, quantizer)
         readers = list(site.value.users) if site.readers is None else list(site.readers)
         with graph.graph.inserting_after(site.value):

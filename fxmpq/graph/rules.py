@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fxmpq.errors import PrecisionError, TargetError, closest
 from fxmpq.formats import NumberFormat, Precision, Scheme
-from fxmpq.granularity import Granularity, PerBlock, PerChannel, PerTensor
+from fxmpq.granularity import Dynamic, Granularity, PerBlock, PerChannel, PerTensor
 from fxmpq.graph.joins import JOINS
 from fxmpq.graph.vocabulary import MEETINGS, is_operator_name
 
@@ -25,6 +25,9 @@ class OperatorRule:
             a product of two activations.
         block_sizes: Weights that share a scale in blocks; any number if empty.
         blocks_are_weight_only: Whether weights in blocks go with float activations alone.
+        dynamic: What the ranges of integer activations may cover that are found at every run.
+        blocks_are_whole: Whether the weights of an output channel must be whole blocks.
+        only: The precisions that run, where not all do that the above allows; `None` for all.
     """
 
     weight_bits: frozenset[int]
@@ -33,6 +36,9 @@ class OperatorRule:
     granularities: frozenset[type[PerTensor | PerChannel | PerBlock]] = frozenset({PerChannel})
     block_sizes: frozenset[int] = frozenset()
     blocks_are_weight_only: bool = False
+    dynamic: frozenset[Dynamic] = frozenset()
+    blocks_are_whole: bool = False
+    only: frozenset[Precision] | None = None
 
     @property
     def is_weight_only(self) -> bool:
@@ -62,6 +68,8 @@ class OperatorRule:
         weight, activation = precision.weight, precision.activation
         if precision.is_float:
             return True
+        if self.only is not None and precision not in self.only:
+            return False
         if weight is None or self.is_activation_only:
             has_half = weight is None and self.is_activation_only and activation is not None
             return has_half and self._runs_on(activation)
@@ -70,6 +78,11 @@ class OperatorRule:
             and self._has(weight, self.weight_bits)
             and self._runs_on(activation)
         )
+
+    def fits(self, precision: Precision, weights: int) -> bool:
+        """Whether output channels of so many weights can be stored in a precision."""
+        found = None if precision.weight is None else precision.weight.granularity
+        return not (self.blocks_are_whole and isinstance(found, PerBlock) and weights % found.size)
 
     def _shares(self, granularity: Granularity, activation: NumberFormat | None) -> bool:
         if isinstance(granularity, PerBlock):
@@ -82,7 +95,8 @@ class OperatorRule:
     def _runs_on(self, activation: NumberFormat | None) -> bool:
         if activation is None or self.is_weight_only:
             return (None if activation is None else activation.bits) in self.activation_bits
-        return self._has(activation, self.activation_bits)
+        is_found = activation.dynamic is None or activation.dynamic in self.dynamic
+        return is_found and self._has(activation, self.activation_bits)
 
     def _has(
         self, number_format: NumberFormat, widths: frozenset[int] | frozenset[int | None]
@@ -97,6 +111,8 @@ class OperatorRule:
         widths = sorted(width for width in self.activation_bits if width is not None)
         named = [*map(str, widths), *(["float"] if None in self.activation_bits else [])]
         text += f"activations [{', '.join(named)}]"
+        if self.dynamic:
+            text += f", dynamic {sorted(found.value for found in self.dynamic)}"
         if self.floats:
             text += f", floats {sorted(scheme.value for scheme in self.floats)}"
         if self.is_activation_only:
@@ -106,7 +122,8 @@ class OperatorRule:
         if PerBlock in self.granularities:
             shared += f" of {sorted(self.block_sizes)}" if self.block_sizes else ""
             shared += " (weight-only)" if self.blocks_are_weight_only else ""
-        return f"{text}, scales {shared}"
+        text += f", scales {shared}"
+        return text if self.only is None else f"{text}: {', '.join(sorted(map(str, self.only)))}"
 
 
 @dataclass(frozen=True)
@@ -119,6 +136,8 @@ class TargetRules:
         default_candidates: Precisions tried when the user names none.
         quantize_outputs_of: Operators whose (fused) output the target stores quantized: kinds of
             layers, and `add` or `cat` where all that meets there is stored quantized itself.
+        quantize_residuals_of: Kinds of layers that run fused with an `add` if what they add is
+            stored quantized: there the `add`, and nobody else, reads its other operand so.
         fusions: Chains of operators that run as one, by name, as `("conv", "add", "relu")`: the
             kind of a layer or an operator's name in ATen, of which only the last one's result
             is stored.
@@ -128,6 +147,13 @@ class TargetRules:
         shared_ranges: Operators, by name, whose stored tensors have one range: what meets in an
             `add`; of any other, as `cat` or `max_pool2d`, what it reads and what it returns.
         through: Operators that commute with quantization; a quantizer moves up past them.
+        symmetric_inputs_of: Kinds of layers, and `add` or `cat`, that read integers as signed codes
+            without zero points: what they read in codes is stored with the zero point
+            `2^(bits - 1)`, whoever else reads it.
+        unsigned_outputs_of: Operators, by name, whose results are never negative and are stored as
+            unsigned codes even so.
+        product_through: Operators that a quantizer of a product's operand moves up past as well,
+            where nothing else reads what they return.
 
     Raises:
         TargetError: If a rule names what there is not, or a join is missing.
@@ -141,6 +167,10 @@ class TargetRules:
     joins: tuple[str, ...] = ("shared_weight", "shared_input")
     shared_ranges: frozenset[str] = frozenset()
     through: frozenset[object] = frozenset()
+    symmetric_inputs_of: frozenset[str] = frozenset()
+    unsigned_outputs_of: frozenset[str] = frozenset()
+    product_through: frozenset[object] = frozenset()
+    quantize_residuals_of: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         """Check the names."""
@@ -161,13 +191,10 @@ class TargetRules:
                 raise TargetError(f"target {self.name!r} fuses {chain}; a fusion is of two or more")
             self._check_operators("fuses", chain)
         self._check_operators("shares ranges at", sorted(self.shared_ranges))
-        for name in sorted(self.quantize_outputs_of):
-            if name not in (*self.operators, *MEETINGS):
-                raise TargetError(
-                    f"target {self.name!r} quantizes outputs of {name!r}, which is neither a kind "
-                    f"of layer that it runs ({', '.join(self.operators)}) nor "
-                    f"{' or '.join(MEETINGS)}"
-                )
+        self._check_kinds("quantizes outputs of", self.quantize_outputs_of)
+        self._check_operators("has unsigned outputs of", sorted(self.unsigned_outputs_of))
+        self._check_kinds("has symmetric inputs of", self.symmetric_inputs_of)
+        self._check_kinds("quantizes residuals of", self.quantize_residuals_of)
 
     def _check_operators(self, does: str, names: Sequence[str]) -> None:
         for name in names:
@@ -175,6 +202,15 @@ class TargetRules:
                 raise TargetError(
                     f"target {self.name!r} {does} {name!r}, which is neither a kind of layer nor "
                     "an ATen operator, as 'relu' or 'add'"
+                )
+
+    def _check_kinds(self, does: str, names: frozenset[str]) -> None:
+        for name in sorted(names):
+            if name not in (*self.operators, *MEETINGS):
+                raise TargetError(
+                    f"target {self.name!r} {does} {name!r}, which is neither a kind "
+                    f"of layer that it runs ({', '.join(self.operators)}) nor "
+                    f"{' or '.join(MEETINGS)}"
                 )
 
     def check(self, candidates: Sequence[Precision], *, products: bool = False) -> None:

@@ -110,6 +110,19 @@ def joins_for_ranges(
     return tuple(joins)
 
 
+def share_symmetry(shared: SharedRanges, sites: Sequence[Site]) -> None:
+    """Make all sites of one range symmetric where one of them is, in place.
+
+    Args:
+        shared: From `find_shared_ranges`.
+        sites: The same sites.
+    """
+    for members in shared.classes:
+        is_symmetric = any(sites[index].is_symmetric for index in members)
+        for index in members:
+            sites[index].is_symmetric = is_symmetric
+
+
 def _activation(precision: Precision) -> object:
     return precision.activation
 

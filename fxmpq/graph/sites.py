@@ -9,7 +9,7 @@ from torch import fx
 
 from fxmpq.graph.findings import Fusion, Join
 from fxmpq.graph.operators import OPERATORS, argument
-from fxmpq.graph.products import product_operands
+from fxmpq.graph.products import PRODUCT, product_operands
 from fxmpq.graph.rules import TargetRules
 from fxmpq.graph.state import Group
 from fxmpq.graph.vocabulary import MEETINGS, met_tensors, operator_name
@@ -23,11 +23,13 @@ class Site:
         value: The node that produces it.
         group: Name of the group whose precision decides its format.
         readers: The nodes that read the quantized tensor; `None` means all of them.
+        is_symmetric: Whether its integers are signed codes without a zero point for one of them.
     """
 
     value: fx.Node
     group: str
     readers: set[fx.Node] | None = field(default_factory=set)
+    is_symmetric: bool = False
 
 
 def find_sites(
@@ -39,7 +41,8 @@ def find_sites(
     layers only; so are both operands of a quantized product. Where the rules say so, so are the
     fused output of a layer and the sum of quantized tensors; these are stored quantized, so
     every reader sees them so, and they are owned by the group that reads them, or else by the
-    one that computes them.
+    one that computes them. What a layer's fused `add` adds to its result is a site that this
+    `add` reads, owned by the layer's group if by no other.
 
     Args:
         graph: A canonical graph.
@@ -59,6 +62,9 @@ def find_sites(
             assert site.readers is not None
             site.readers.add(reader)
     _store_outputs(graph, quantizing, rules, fusions, sites)
+    _store_residuals(graph, quantizing, rules, fusions, sites)
+    for site in sites.values():
+        site.is_symmetric = _is_symmetric(site, rules)
     order = {node: position for position, node in enumerate(graph.graph.nodes)}
     return sorted(sites.values(), key=lambda site: order[site.value])
 
@@ -114,7 +120,7 @@ def _read_in_codes(node: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def stored_source(source: fx.Node, reader: fx.Node, rules: TargetRules) -> tuple[fx.Node, fx.Node]:
-    """Walk up past operators that commute with quantization.
+    """Walk up past operators that commute with quantization, and more of them for a product.
 
     Args:
         source: A tensor.
@@ -124,9 +130,33 @@ def stored_source(source: fx.Node, reader: fx.Node, rules: TargetRules) -> tuple
     Returns:
         The tensor that is stored in its place, and the node that reads that.
     """
-    while source.target in rules.through and isinstance(source.args[0], fx.Node):
+    further = rules.product_through if product_operands(reader) else frozenset()
+    while source.target in rules.through or (source.target in further and len(source.users) == 1):
+        assert isinstance(source.args[0], fx.Node)
         source, reader = source.args[0], source
     return source, reader
+
+
+def _is_symmetric(site: Site, rules: TargetRules) -> bool:
+    """Whether a reader that computes on codes, maybe behind others, asks for signed ones."""
+    if operator_name(site.value) in rules.unsigned_outputs_of:
+        return False
+    pending = [(site.value, reader) for reader in site.readers or site.value.users]
+    while pending:
+        value, reader = pending.pop()
+        if reader.target in rules.through | rules.product_through:
+            pending += [(reader, further) for further in reader.users]
+        elif _asks_for_symmetric(value, reader, rules):
+            return True
+    return False
+
+
+def _asks_for_symmetric(value: fx.Node, reader: fx.Node, rules: TargetRules) -> bool:
+    name = operator_name(reader)
+    if name in MEETINGS:
+        return name in rules.symmetric_inputs_of
+    kind = PRODUCT if product_operands(reader) else name
+    return kind in rules.symmetric_inputs_of and value in _read_in_codes(reader)
 
 
 def _store_outputs(
@@ -156,6 +186,33 @@ def _store_outputs(
             site = sites.get(operand)
             if site is not None and site.readers is not None:
                 site.readers.add(node)
+
+
+def _store_residuals(
+    graph: fx.GraphModule,
+    quantizing: dict[str, Group],
+    rules: TargetRules,
+    fusions: Sequence[Fusion],
+    sites: dict[fx.Node, Site],
+) -> None:
+    """Add what layers' fused `add`s add to their results, unless that is a stored tensor."""
+    nodes = {node.name: node for node in graph.graph.nodes}
+    for fusion in fusions:
+        layer = nodes[fusion.nodes[0]]
+        kind = operator_name(layer)
+        if layer.name not in quantizing or kind not in rules.quantize_residuals_of:
+            continue
+        for before, name in zip(fusion.nodes, fusion.nodes[1:], strict=False):
+            node = nodes[name]
+            if operator_name(node) != "add":
+                continue
+            (residual,) = (found for found in met_tensors(node) if found is not nodes[before])
+            value, reader = stored_source(residual, node, rules)
+            if value.op == "get_attr":
+                continue
+            site = sites.setdefault(value, Site(value, quantizing[layer.name].name))
+            if site.readers is not None:
+                site.readers.add(reader)
 
 
 def _stored_output_owner(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fxmpq.formats import NumberFormat
 from fxmpq.quantizers.codes import code_dtype, dequantize, nearest_codes, round_in_place
+from fxmpq.quantizers.dynamic import fake_quantize_dynamic
 from fxmpq.quantizers.floating import fake_quantize_float
 from fxmpq.quantizers.integer import fake_quantize_activation
 from fxmpq.quantizers.ranges import ActivationRange
@@ -17,15 +18,23 @@ from fxmpq.quantizers.scales import spread_scale, storable_scale
 class ActivationQuantizer(nn.Module):
     """Quantizes one activation tensor to one of several formats, affine or float.
 
+    A dynamic format has no range among `ranges`: it finds one on each tensor.
+
     Args:
         name: The tensor's name for people, used in errors.
         formats: Candidate formats.
+        is_symmetric: Whether ranges have the zero point `2^(bits - 1)`, the middle of the codes,
+            as hardware wants that computes on signed codes without zero points. Of float formats
+            it is 0 either way.
     """
 
-    def __init__(self, name: str, formats: Sequence[NumberFormat]) -> None:
+    def __init__(
+        self, name: str, formats: Sequence[NumberFormat], is_symmetric: bool = False
+    ) -> None:
         super().__init__()
         self.name = name
         self.formats = tuple(formats)
+        self.is_symmetric = is_symmetric
         self.ranges: dict[str, ActivationRange] = {}
         self.active: NumberFormat | None = None
 
@@ -34,7 +43,9 @@ class ActivationQuantizer(nn.Module):
         self.active = number_format
 
     def quantize(self, x: Tensor, number_format: NumberFormat) -> Tensor:
-        """Fake-quantize `x` (any shape) to a calibrated format."""
+        """Fake-quantize `x` (any shape) to a format: a dynamic or a calibrated one."""
+        if number_format.dynamic is not None:
+            return fake_quantize_dynamic(x, number_format)
         found = self.ranges[number_format.name]
         if not number_format.is_integer:
             return fake_quantize_float(x, found.scale, number_format)

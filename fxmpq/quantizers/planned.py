@@ -201,9 +201,9 @@ class PlannedQuantizer(nn.Module):
 
 
 class PassingQuantizer(nn.Module):
-    """Quantizes one tensor to the float format that a plan gives it; its scales stay.
+    """Quantizes one tensor to a format without a step to learn; its scales stay.
 
-    The steps of a float format grow with the value, so that there is none to learn.
+    The steps of a float format grow with the value; a dynamic format finds its step at every run.
 
     Args:
         source: An active quantizer of a planned graph.
@@ -237,7 +237,7 @@ def planned_quantizer(
     """
     found = source.active
     assert found is not None
-    if not found.is_integer:
+    if not found.has_fixed_grid:
         return PassingQuantizer(source)
     if isinstance(source, WeightQuantizer):
         return PlannedQuantizer(source.name, found, source.scale(found).to(device), source.axis)

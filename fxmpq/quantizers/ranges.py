@@ -1,4 +1,8 @@
-"""Activation ranges: the scale and zero point of one tensor, found on a histogram by a rule."""
+"""Activation ranges: the scale and zero point of one tensor, found on a histogram by a rule.
+
+Every rule takes `is_symmetric`: whether the zero point is to be the middle of affine codes,
+`2^(bits - 1)`, so that `code - zero_point` is a signed code. Floats have no zero point anyway.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxmpq.formats import NumberFormat
-from fxmpq.quantizers.floating import float_layout
+from fxmpq.quantizers.grids import SMALLEST_SCALE, grids, middle_code
 from fxmpq.quantizers.histogram import StreamingHistogram
 from fxmpq.quantizers.range_losses import kl_losses, lp_losses
 from fxmpq.quantizers.rule import Rule, RuleOption
@@ -19,7 +23,6 @@ from fxmpq.quantizers.rule import Rule, RuleOption
 _SHRINKING = torch.exp2(-torch.arange(0, 57, dtype=torch.float64) / 8)
 _NEAR = torch.exp2(torch.arange(-40, 41, dtype=torch.float64) / 96)
 _NEARER = torch.exp2(torch.arange(-20, 21, dtype=torch.float64) / 960)
-_SMALLEST = float(torch.finfo(torch.float32).tiny)
 
 # (values, counts, scales, zero_points, number_format) -> one loss a range
 Losses = Callable[[Tensor, Tensor, Tensor, Tensor, NumberFormat], Tensor]
@@ -40,12 +43,15 @@ class ActivationRange:
     zero_point: int
 
 
-def minmax(histogram: StreamingHistogram, number_format: NumberFormat) -> ActivationRange:
+def minmax(
+    histogram: StreamingHistogram, number_format: NumberFormat, *, is_symmetric: bool = False
+) -> ActivationRange:
     """The whole range, from the smallest value to the largest: nothing is clipped.
 
     Args:
         histogram: At least one batch of values.
         number_format: Affine, or a float's.
+        is_symmetric: Whether the zero point is the middle of the codes.
 
     Examples:
         >>> from fxmpq.formats import Scheme
@@ -54,11 +60,15 @@ def minmax(histogram: StreamingHistogram, number_format: NumberFormat) -> Activa
         >>> minmax(histogram, NumberFormat(2, Scheme.AFFINE))
         ActivationRange(scale=1.0, zero_point=1)
     """
-    return _range(*_span(histogram), number_format)
+    return _range(*_span(histogram), number_format, is_symmetric)
 
 
 def percentile(
-    histogram: StreamingHistogram, number_format: NumberFormat, *, percentile: float = 99.99
+    histogram: StreamingHistogram,
+    number_format: NumberFormat,
+    *,
+    percentile: float = 99.99,
+    is_symmetric: bool = False,
 ) -> ActivationRange:
     """The range between two percentiles: `[q_(100 - percentile), q_percentile]` of the values.
 
@@ -69,16 +79,22 @@ def percentile(
         histogram: At least one batch of values.
         number_format: Affine, or a float's.
         percentile: In `(50, 100]`; values beyond are clipped, on each side.
+        is_symmetric: Whether the zero point is the middle of the codes.
     """
     low, high = _span(histogram)
     above = _quantile(histogram, percentile / 100)
     below = _quantile(histogram, 1 - percentile / 100)
     clipped = (max(low, min(0.0, below)), min(high, max(0.0, above)))
-    return _range(*(clipped if clipped[0] < clipped[1] else (low, high)), number_format)
+    low, high = clipped if clipped[0] < clipped[1] else (low, high)
+    return _range(low, high, number_format, is_symmetric)
 
 
 def sigma(
-    histogram: StreamingHistogram, number_format: NumberFormat, *, k: float = 3.5
+    histogram: StreamingHistogram,
+    number_format: NumberFormat,
+    *,
+    k: float = 3.5,
+    is_symmetric: bool = False,
 ) -> ActivationRange:
     """The range within `k` deviations of the mean: `[mean - k sigma, mean + k sigma]`.
 
@@ -89,15 +105,21 @@ def sigma(
         histogram: At least one batch of values.
         number_format: Affine, or a float's.
         k: Positive.
+        is_symmetric: Whether the zero point is the middle of the codes.
     """
     low, high = _span(histogram)
     reach = k * histogram.variance**0.5
     low = max(low, min(0.0, histogram.mean - reach))
-    return _range(low, min(high, max(0.0, histogram.mean + reach)), number_format)
+    high = min(high, max(0.0, histogram.mean + reach))
+    return _range(low, high, number_format, is_symmetric)
 
 
 def mse(
-    histogram: StreamingHistogram, number_format: NumberFormat, *, p: float = 2.0
+    histogram: StreamingHistogram,
+    number_format: NumberFormat,
+    *,
+    p: float = 2.0,
+    is_symmetric: bool = False,
 ) -> ActivationRange:
     """The range of least L_p error, `sum_i n_i |x_i - Q(x_i)|^p` over the histogram.
 
@@ -112,6 +134,8 @@ def mse(
         histogram: At least one batch of values.
         number_format: Affine, or a float's.
         p: The norm's exponent, positive.
+        is_symmetric: Whether the zero point is the middle of the codes: both ends then shrink
+            together only.
 
     Examples:
         >>> from fxmpq.formats import Scheme
@@ -122,10 +146,13 @@ def mse(
     """
     kept = histogram.counts > 0
     values, counts = histogram.centres[kept], histogram.counts[kept]
-    return _search(histogram, values, counts, number_format, partial(lp_losses, p=p))
+    losses = partial(lp_losses, p=p)
+    return _search(histogram, values, counts, number_format, losses, is_symmetric=is_symmetric)
 
 
-def kl(histogram: StreamingHistogram, number_format: NumberFormat) -> ActivationRange:
+def kl(
+    histogram: StreamingHistogram, number_format: NumberFormat, *, is_symmetric: bool = False
+) -> ActivationRange:
     """The range whose codes keep most of the distribution: least Kullback-Leibler divergence.
 
     The same ranges are tried as by `mse`; `kl_losses` says what is compared. Exact zeros count
@@ -137,15 +164,17 @@ def kl(histogram: StreamingHistogram, number_format: NumberFormat) -> Activation
     Args:
         histogram: At least one batch of values.
         number_format: Affine, or a float's.
+        is_symmetric: Whether the zero point is the middle of the codes.
     """
-    whole = minmax(histogram, number_format)
+    whole = minmax(histogram, number_format, is_symmetric=is_symmetric)
     counts = histogram.counts.clone()
     counts[_zero_bin(histogram)] -= histogram.zeros
     kept = counts > 0
     if number_format.bits > 8 or not kept.any():
         return whole
     values = histogram.centres[kept]
-    return _search(histogram, values, counts[kept], number_format, kl_losses, whole.scale)
+    found = histogram, values, counts[kept], number_format, kl_losses, whole.scale
+    return _search(*found, is_symmetric=is_symmetric)
 
 
 def _span(histogram: StreamingHistogram) -> tuple[float, float]:
@@ -173,31 +202,14 @@ def _zero_bin(histogram: StreamingHistogram) -> int:
     return int((histogram.centres > 0).int().argmax())
 
 
-def _range(low: float, high: float, number_format: NumberFormat) -> ActivationRange:
+def _range(
+    low: float, high: float, number_format: NumberFormat, is_symmetric: bool
+) -> ActivationRange:
     if low == high:
-        return ActivationRange(1.0, 0)
+        return ActivationRange(1.0, middle_code(number_format) if is_symmetric else 0)
     ends = torch.tensor([[low], [high]], dtype=torch.float64)
-    scale, zero_point = _grids(ends[0], ends[1], number_format)
+    scale, zero_point = grids(ends[0], ends[1], number_format, is_symmetric)
     return ActivationRange(float(scale), int(zero_point))
-
-
-def _grids(lows: Tensor, highs: Tensor, number_format: NumberFormat) -> tuple[Tensor, Tensor]:
-    """Scales (rounded to `float32`, held in `float64`) and zero points of ranges.
-
-    Affine: `scale = (high - low) / (qmax - qmin)` and `zero_point = round(-low / scale)`, so that
-    zero is exactly a code, and code 0 where `low` is 0: runtimes then absorb a preceding ReLU.
-    A float's largest value is the larger magnitude of both ends.
-    """
-    if number_format.is_integer:
-        scale = (highs - lows) / (number_format.qmax - number_format.qmin)
-    else:
-        scale = torch.maximum(-lows, highs) / float_layout(number_format.scheme).largest
-    # A range of denormal width would make a step of zero.
-    scale = scale.float().double().clamp(min=_SMALLEST)
-    if not number_format.is_integer:
-        return scale, torch.zeros_like(scale)
-    zero_point = torch.round(-lows / scale).clamp(number_format.qmin, number_format.qmax)
-    return scale, zero_point
 
 
 def _search(
@@ -207,15 +219,20 @@ def _search(
     number_format: NumberFormat,
     losses: Losses,
     largest: float = math.inf,
+    *,
+    is_symmetric: bool,
 ) -> ActivationRange:
     """The range of least loss on the values; the whole one unless another is better.
 
     Scales stay below the largest.
     """
     low, high = _span(histogram)
+    whole = minmax(histogram, number_format, is_symmetric=is_symmetric)
     if low == high:
-        return ActivationRange(1.0, 0)
-    whole = minmax(histogram, number_format)
+        return whole
+    grids_of = partial(grids, number_format=number_format, is_symmetric=is_symmetric)
+    has_one_zero_point = is_symmetric and number_format.is_integer
+    has_two_ends = low < 0 < high and not has_one_zero_point
     # Kept where every loss is infinite, as of a large norm or of one value in a float format.
     best, least = (whole.scale, float(whole.zero_point)), float("inf")
 
@@ -228,25 +245,23 @@ def _search(
             best = float(scales[index]), float(zero_points[index])
         return index
 
-    shared = attempt(*_grids(low * _SHRINKING, high * _SHRINKING, number_format))
+    shared = attempt(*grids_of(low * _SHRINKING, high * _SHRINKING))
     ratios = torch.full_like(_SHRINKING, float(_SHRINKING[shared]))
-    if low < 0 < high:
-        kept = attempt(*_grids(low * ratios, high * _SHRINKING, number_format))
+    if has_two_ends:
+        kept = attempt(*grids_of(low * ratios, high * _SHRINKING))
         ratios = torch.full_like(_SHRINKING, float(_SHRINKING[kept]))
-        attempt(*_grids(low * _SHRINKING, high * ratios, number_format))
+        attempt(*grids_of(low * _SHRINKING, high * ratios))
     for factors in (_NEAR, _NEARER):
         scale, zero_point = best
-        for zero in _neighbours(zero_point, low, high, number_format):
-            scales = (scale * factors).float().double().clamp(_SMALLEST, largest)
+        for zero in _neighbours(zero_point, number_format) if has_two_ends else (zero_point,):
+            scales = (scale * factors).float().double().clamp(SMALLEST_SCALE, largest)
             attempt(scales, torch.full_like(scales, zero))
     return ActivationRange(best[0], int(best[1]))
 
 
-def _neighbours(
-    zero_point: float, low: float, high: float, number_format: NumberFormat
-) -> list[float]:
-    """Zero points to try: the codes beside it too, where both signs occur."""
-    if not (number_format.is_integer and low < 0 < high):
+def _neighbours(zero_point: float, number_format: NumberFormat) -> list[float]:
+    """Zero points to try where both signs occur: the codes beside it too, but for floats."""
+    if not number_format.is_integer:
         return [zero_point]
     around = (zero_point, zero_point - 1, zero_point + 1)
     return [zero for zero in around if number_format.qmin <= zero <= number_format.qmax]
@@ -254,7 +269,7 @@ def _neighbours(
 
 FindRange = Callable[..., ActivationRange]
 RangeRule = Rule[FindRange]
-"""Called with `(histogram, number_format, **options)`."""
+"""Called with `(histogram, number_format, **options)`, and `is_symmetric`."""
 
 RANGES: Mapping[str, RangeRule] = {
     "minmax": Rule(minmax),

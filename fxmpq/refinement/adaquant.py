@@ -225,5 +225,5 @@ def _own_quantizer(view: LayerView) -> ActivationQuantizer | None:
     found, source = view.input_quantizer, argument(view.node, view.operator.input)
     is_own = isinstance(source, fx.Node) and len(source.users) == 1
     is_own = is_own and not shares_range(view.graph, view.layer.input_quantizer)
-    is_even = found is not None and found.active is not None and found.active.is_integer
+    is_even = found is not None and found.active is not None and found.active.has_fixed_grid
     return found if is_own and is_even else None

@@ -276,7 +276,8 @@ def _ranges(view: BlockView) -> dict[str, LearnedRange]:
             continue
         module = view.graph.get_submodule(str(node.target))
         active = module.active if isinstance(module, ActivationQuantizer) else None
-        if isinstance(module, ActivationQuantizer) and active is not None and active.is_integer:
+        is_fixed = active is not None and active.has_fixed_grid
+        if isinstance(module, ActivationQuantizer) and is_fixed:
             found[str(node.target)] = LearnedRange(module)
     return found
 

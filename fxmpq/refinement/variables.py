@@ -113,7 +113,7 @@ class LearnedRange:
     """An activation's range: its scale, and its zero point unless that is an end of the codes.
 
     A zero point at an end is left there: a tensor that is never negative (or never positive)
-    has nothing beyond zero.
+    has nothing beyond zero. So is that of a symmetric range, in the middle.
 
     Args:
         quantizer: Of the activation, with an active format.
@@ -124,7 +124,8 @@ class LearnedRange:
         self._quantizer = quantizer
         self._format: NumberFormat = quantizer.active
         self._start = quantizer.ranges[self._format.name]
-        self._is_centred = self._start.zero_point not in (self._format.qmin, self._format.qmax)
+        is_at_end = self._start.zero_point in (self._format.qmin, self._format.qmax)
+        self._has_centre = not (is_at_end or quantizer.is_symmetric)
         self.scale_change = torch.zeros((), requires_grad=True)
         self.centre_change = torch.zeros((), requires_grad=True)
 
@@ -141,7 +142,7 @@ class LearnedRange:
 
     def _grid(self) -> tuple[Tensor, Tensor]:
         low, high = self._format.qmin, self._format.qmax
-        centre = self._start.zero_point + self.centre_change * (high - low) * self._is_centred
+        centre = self._start.zero_point + self.centre_change * (high - low) * self._has_centre
         return self._start.scale * _factor(self.scale_change), centre.clamp(low, high)
 
 

@@ -14,12 +14,12 @@ from typing import TypeVar
 from fxmpq.artefact import build
 from fxmpq.errors import FileFormatError
 from fxmpq.formats import NumberFormat, Precision, Scheme
-from fxmpq.granularity import Granularity, PerBlock, PerChannel, PerTensor
+from fxmpq.granularity import Granularity, PerBlock, PerChannel, PerTensor, read_dynamic
 from fxmpq.storage.values import Surroundings, decode_value, encode_value
 
 _T = TypeVar("_T")
 _SCALARS = (bool, int, float, str, type(None))
-_FORMAT = re.compile(r"(?:(u?int)(\d+)|fp(\d+)_(e\dm\d))(?:(t)|b(\d+))?", re.ASCII)
+_FORMAT = re.compile(r"(?:(u?int)(\d+)|fp(\d+)_(e\dm\d))(?:(t)|b(\d+)|(dt?))?", re.ASCII)
 
 
 def encode(value: object) -> object:
@@ -179,11 +179,12 @@ def format_named(name: str) -> NumberFormat:
     match = _FORMAT.fullmatch(name)
     if match is None:
         raise FileFormatError(f"there is no number format {name!r}")
-    kind, bits, float_bits, scheme, whole, block = match.groups()
+    kind, bits, float_bits, scheme, whole, block, dynamic = match.groups()
     schemes = {"int": Scheme.SYMMETRIC, "uint": Scheme.AFFINE}
     granularity: Granularity = PerBlock(int(block)) if block else PerChannel()
     return NumberFormat(
         int(bits or float_bits),
         schemes[kind] if kind else Scheme(scheme),
         PerTensor() if whole else granularity,
+        read_dynamic(dynamic),
     )

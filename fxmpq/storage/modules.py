@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 
@@ -30,11 +30,13 @@ class _Kind:
         module: The class.
         arguments: Its constructor's, with their types.
         attributes: What is set later, with the types.
+        absent: What older files lack, with the value it had then.
     """
 
     module: type[nn.Module]
     arguments: Mapping[str, object]
     attributes: Mapping[str, object]
+    absent: Mapping[str, object] = field(default_factory=dict)
 
 
 _KINDS: Mapping[str, _Kind] = {
@@ -42,8 +44,9 @@ _KINDS: Mapping[str, _Kind] = {
     for kind in (
         _Kind(
             ActivationQuantizer,
-            {"name": str, "formats": _FORMATS},
+            {"name": str, "formats": _FORMATS, "is_symmetric": bool},
             {"ranges": dict[str, ActivationRange], "active": _ACTIVE},
+            {"is_symmetric": False},
         ),
         _Kind(
             WeightQuantizer, {"name": str, "formats": _FORMATS, "axis": int}, {"active": _ACTIVE}
@@ -99,6 +102,7 @@ def _decode_quantizer(name: str, found: object) -> nn.Module:
     if kind is None or not isinstance(found, dict):
         raise FileFormatError(f"{name!r} is no quantizer; known are {', '.join(_KINDS)}")
     types = {**kind.arguments, **kind.attributes}
+    found = {**kind.absent, **found}
     if set(found) != {"class", *types}:
         raise FileFormatError(f"{name!r} has {sorted(found)}; expected class, {', '.join(types)}")
     values = {key: decode(types[key], found[key], f"{name}.{key}") for key in types}

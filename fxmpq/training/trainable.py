@@ -43,8 +43,8 @@ def trainable(graph: fx.GraphModule) -> fx.GraphModule:
 
     Raises:
         FxmpqError: If the graph is not calibrated.
-        PrecisionError: If a candidate has no single step per tensor: a float format, or weights
-            in blocks.
+        PrecisionError: If a candidate has no single step per tensor: a float or dynamic format,
+            or weights in blocks.
 
     Examples:
         >>> from fxmpq.calibration.calibrate import calibrate
@@ -77,11 +77,11 @@ def _check_formats(groups: Sequence[Group]) -> None:
     for group in groups:
         for candidate in group.candidates:
             found = [entry for entry in (candidate.weight, candidate.activation) if entry]
-            if any(not e.is_integer or isinstance(e.granularity, PerBlock) for e in found):
+            if any(not e.has_fixed_grid or isinstance(e.granularity, PerBlock) for e in found):
                 raise PrecisionError(
                     f"cannot learn the steps of candidate {candidate} of group {group.name!r}: "
-                    "training learns one step per tensor, which formats of floats and of blocks "
-                    "do not have; prepare with integer formats per channel or per tensor, such as "
+                    "training learns one step per tensor, which formats of floats, of blocks and "
+                    "of dynamic ranges do not have; prepare with integer formats, such as "
                     "'w4a8' and 'w4ta8'"
                 )
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, fx
 
 from fxmpq.calibration.calibrate import calibrate
 from fxmpq.calibration.observe import Observations
+from fxmpq.calibration.recalibrate import recalibrate
 from fxmpq.errors import FxmpqError
 from fxmpq.formats import NumberFormat, Precision
 from fxmpq.graph.attributes import get_tensor
@@ -16,9 +19,14 @@ from fxmpq.graph.run import run_batch
 from fxmpq.graph.state import require, state_of
 from fxmpq.graph.switch import with_choices
 from fxmpq.quantizers.modules import ActivationQuantizer, WeightQuantizer
+from fxmpq.quantizers.planned import PlannedQuantizer
 from fxmpq.quantizers.ranges import RANGES
 from fxmpq.quantizers.weight_scale import minmax_weight_scales, mse_weight_scales
+from fxmpq.storage.load import load
+from fxmpq.storage.save import save
 from fxmpq.targets.reference import REFERENCE
+from fxmpq.training.freeze import freeze
+from fxmpq.training.planned import trainable_plan
 
 
 @pytest.mark.parametrize("rule", RANGES)
@@ -42,6 +50,53 @@ def test_every_rule_of_ranges_reaches_every_quantizer(
     calibration = state_of(graph).calibration
     assert calibration is not None
     assert (calibration.ranges.rule, calibration.weight_scales.rule) == (rule, "mse")
+
+
+@pytest.mark.parametrize("rule", RANGES)
+def test_what_a_kind_reads_in_signed_codes_has_its_zero_in_the_middle(
+    conv_graph: fx.GraphModule, images: list[Tensor], rule: str, tmp_path: Path
+) -> None:
+    """Through a file and a second calibration too; refined ranges keep it."""
+    rules = replace(REFERENCE.rules, symmetric_inputs_of=frozenset({"conv"}))
+    candidates = [Precision(4, 4), Precision(8, 8)]
+    graph = insert_quantizers(conv_graph, rules, candidates=candidates)
+    graph = calibrate(graph, images, ranges=rule, progress=False)
+    save(graph, tmp_path)
+    again = recalibrate(load(tmp_path), images)
+    group = state_of(graph).group("fc")
+    for found in (graph, again):
+        for name, quantizer in found.named_modules():
+            if isinstance(quantizer, ActivationQuantizer):
+                zero_points = {key: entry.zero_point for key, entry in quantizer.ranges.items()}
+                is_linear = name in group.activation_quantizers
+                assert (zero_points == {"uint4": 8, "uint8": 128}) is not is_linear
+
+
+def test_learned_scales_leave_a_symmetric_range_symmetric(
+    conv_graph: fx.GraphModule, images: list[Tensor]
+) -> None:
+    rules = replace(REFERENCE.rules, symmetric_inputs_of=frozenset({"conv"}))
+    graph = insert_quantizers(conv_graph, rules, candidates=[Precision(8, 8)])
+    graph = calibrate(graph, images, progress=False)
+    planned = with_choices(graph, {group.name: "w8a8" for group in state_of(graph).groups})
+    trained = trainable_plan(planned)
+    moved = [
+        module
+        for name, module in trained.named_modules()
+        if isinstance(module, PlannedQuantizer) and "activation" in name
+    ]
+    with torch.no_grad():
+        for module in moved:
+            for parameter in module.parameters():
+                parameter.mul_(1.5)
+    freeze(trained, planned)
+    ranges = [
+        module.ranges["uint8"]
+        for module in planned.modules()
+        if isinstance(module, ActivationQuantizer) and module.is_symmetric
+    ]
+    assert len(ranges) == 3
+    assert {found.zero_point for found in ranges} == {128}
 
 
 def test_the_data_is_passed_once(conv_graph: fx.GraphModule, images: list[Tensor]) -> None:

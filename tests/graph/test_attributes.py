@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import fx, nn
 
-from fxmpq.graph.attributes import get_tensor, set_tensor
+from fxmpq.graph.attributes import get_tensor, replace_stored, set_tensor
+from fxmpq.graph.trace import trace
 
 
 @pytest.fixture
@@ -41,3 +42,26 @@ def test_a_tensor_can_be_replaced_by_another_kind(graph: fx.GraphModule) -> None
     assert "0.bias" not in dict(graph.named_parameters())
     assert get_tensor(graph, "0.bias").tolist() == [1.0, 1.0, 1.0]
     assert "0.weight" in dict(graph.named_parameters())
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_a_stored_tensor_is_replaced_as_what_it_is(requires_grad: bool) -> None:
+    traced = trace(nn.Sequential(nn.Linear(2, 3)), torch.ones(2, 2))
+    (node,) = (n for n in traced.graph.nodes if n.target == "0.weight")
+    get_tensor(traced, "0.weight").requires_grad_(requires_grad)
+    recorded, before = node.meta["val"], get_tensor(traced, "0.weight").detach()
+    replace_stored(traced, node, before.t())
+    after = get_tensor(traced, "0.weight")
+    assert isinstance(after, nn.Parameter)
+    assert after.requires_grad is requires_grad
+    assert torch.equal(after, before.t())
+    assert type(node.meta["val"]) is type(recorded)
+    assert (node.meta["val"].shape, node.meta["val"].stride()) == ((2, 3), (1, 2))
+
+
+def test_a_stored_buffer_stays_one(graph: fx.GraphModule) -> None:
+    set_tensor(graph, "table", torch.ones(2, 3))
+    node = graph.graph.get_attr("table")
+    replace_stored(graph, node, torch.zeros(6))
+    assert dict(graph.named_buffers())["table"].shape == (6,)
+    assert "val" not in node.meta

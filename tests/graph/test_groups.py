@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from fxmpq.errors import PatternError, PrecisionError
 from fxmpq.formats import Precision
+from fxmpq.granularity import PerBlock, PerChannel
 from fxmpq.graph.asked_products import AskedProducts
 from fxmpq.graph.findings import Missed
 from fxmpq.graph.groups import form_groups
@@ -377,3 +379,23 @@ def test_a_tie_joins_layers_and_products() -> None:
 def test_a_product_that_nothing_fits_is_an_error() -> None:
     with pytest.raises(PrecisionError, match=r"among w4, w8 runs on layer 'bmm' \(matmul\)"):
         product_groups([Precision(4), Precision(8)], exclude=["matmul"])
+
+
+def test_weights_that_are_no_whole_blocks_have_the_other_candidates() -> None:
+    graph = trace(nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 4)), torch.ones(2, 64))
+    whole = OperatorRule(
+        frozenset({4, 8}),
+        frozenset({8, None}),
+        granularities=frozenset({PerChannel, PerBlock}),
+        blocks_are_whole=True,
+    )
+    rules = replace(REFERENCE.rules, operators={"linear": whole})
+    in_blocks = Precision.parse("w4b64")
+    found = groups_of(graph, [in_blocks, W8A8], rules=rules)
+    assert {name: group.candidates for name, group in found.items()} == {
+        "0": (in_blocks, W8A8),
+        "2": (W8A8,),
+    }
+    words = "no candidate among w4b64 runs on layer '2' .*in whole blocks of 96 weights"
+    with pytest.raises(PrecisionError, match=words):
+        groups_of(graph, [in_blocks], rules=rules)

@@ -4,7 +4,7 @@ import pytest
 
 from fxmpq.errors import PatternError
 from fxmpq.graph.findings import Join, Missed
-from fxmpq.graph.patterns import matching, read_ties, tied
+from fxmpq.graph.patterns import matching, read_exclude, read_ties, tied
 
 NAMES = ["layer1.conv", "layer1.fc", "layer2.conv", "layer2.fc", "head"]
 
@@ -15,6 +15,16 @@ def test_patterns_are_fnmatch_and_case_sensitive() -> None:
     assert matching("*", NAMES) == NAMES
     with pytest.raises(PatternError, match="closest of 5 layers: .*'head'"):
         matching("HEAD", NAMES)
+
+
+def test_exclude_is_a_list_of_patterns() -> None:
+    assert read_exclude(["*.fc", "head"]) == ("*.fc", "head")
+    assert read_exclude(()) == ()
+    for wrong in ("head", 3, None):
+        with pytest.raises(PatternError, match=rf"exclude is a list .*; found {wrong!r} alone"):
+            read_exclude(wrong)
+    with pytest.raises(PatternError, match="exclude holds patterns .*; found 3"):
+        read_exclude(["head", 3])
 
 
 def test_a_tie_is_a_pattern_or_several() -> None:

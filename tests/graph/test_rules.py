@@ -7,7 +7,7 @@ import pytest
 
 from fxmpq.errors import PrecisionError, TargetError
 from fxmpq.formats import Precision, Scheme
-from fxmpq.granularity import PerBlock, PerChannel, PerTensor
+from fxmpq.granularity import Dynamic, PerBlock, PerChannel, PerTensor
 from fxmpq.graph.rules import OperatorRule, TargetRules
 
 RULES = TargetRules(
@@ -30,6 +30,23 @@ def parsed(*names: str) -> list[Precision]:
 )
 def test_a_rule_runs_its_widths(name: str, runs: bool) -> None:
     assert RULES.operators["conv"].runs(Precision.parse(name)) is runs
+
+
+DYNAMIC = OperatorRule(frozenset({8}), frozenset({8, None}), dynamic=frozenset({Dynamic.TENSOR}))
+
+
+@pytest.mark.parametrize(
+    ("name", "runs"),
+    [("w8a8", True), ("w8a8d", True), ("w8a8dt", False), ("w8a4d", False), ("a8d", False)],
+)
+def test_a_rule_says_which_ranges_are_found_at_run_time(name: str, runs: bool) -> None:
+    assert DYNAMIC.runs(Precision.parse(name)) is runs
+    assert not RULES.operators["conv"].runs(Precision.parse("w8a8d"))
+    assert "activations [8, float], dynamic ['d']" in DYNAMIC.describe()
+
+
+def test_a_kind_that_only_stores_takes_the_weights_beside_a_dynamic_range() -> None:
+    assert RULES.candidates_for("embedding", parsed("w4a8d")) == parsed("w4")
 
 
 def test_float_always_runs() -> None:
@@ -163,6 +180,18 @@ def test_blocks_can_have_some_sizes_and_float_activations_only(
         ({"shared_ranges": frozenset({"concat_"})}, "shares ranges at 'concat_'"),
         ({"quantize_outputs_of": frozenset({"linear"})}, "outputs of 'linear', .*conv, embedding"),
         ({"quantize_outputs_of": frozenset({"relu"})}, "outputs of 'relu', which is neither"),
+        (
+            {"quantize_residuals_of": frozenset({"attn"})},
+            "quantizes residuals of 'attn', which is neither",
+        ),
+        (
+            {"unsigned_outputs_of": frozenset({"sofmax"})},
+            "unsigned outputs of 'sofmax', which is neither a kind of layer nor",
+        ),
+        (
+            {"symmetric_inputs_of": frozenset({"gelu"})},
+            "symmetric inputs of 'gelu', which is neither",
+        ),
     ],
 )
 def test_rules_that_cannot_be_are_refused(options: dict[str, Any], words: str) -> None:
@@ -227,3 +256,27 @@ def test_precisions_of_products_are_refused_unless_products_are_quantized() -> N
         rules.check(parsed("w4a8", "a8"))
     with pytest.raises(PrecisionError, match="cannot run a4; it runs"):
         rules.check(parsed("a4"), products=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "fits"),
+    [
+        *[("w4b64", 128, True), ("w4b64", 96, False), ("w4b128", 64, False)],
+        *[("w8a8", 96, True), ("fp32", 96, True)],
+    ],
+)
+def test_blocks_may_have_to_be_whole(name: str, weights: int, fits: bool) -> None:
+    whole = replace(BLOCKS, blocks_are_whole=True)
+    assert whole.fits(Precision.parse(name), weights) is fits
+    assert BLOCKS.fits(Precision.parse(name), weights)
+
+
+def test_a_rule_may_run_some_pairings_only() -> None:
+    listed = frozenset(parsed("w4b32", "w8a8"))
+    rule = replace(BLOCKS, weight_bits=frozenset({4, 8}), only=listed)
+    names = ["w4", "w4b32", "w4a8", "w8", "w8b32", "w8a8"]
+    assert [name for name in names if rule.runs(Precision.parse(name))] == ["w4b32", "w8a8"]
+    assert rule.runs(Precision())
+    assert rule.describe().endswith(": w4b32, w8a8")
+    # What is listed must still be among what the sets allow.
+    assert not replace(rule, weight_bits=frozenset({4})).runs(Precision(8, 8))

@@ -13,7 +13,12 @@ from fxmpq.graph.groups import form_groups
 from fxmpq.graph.layers import find_layers
 from fxmpq.graph.prepare import insert_quantizers
 from fxmpq.graph.rules import TargetRules
-from fxmpq.graph.shared_ranges import SharedRanges, find_shared_ranges, joins_for_ranges
+from fxmpq.graph.shared_ranges import (
+    SharedRanges,
+    find_shared_ranges,
+    joins_for_ranges,
+    share_symmetry,
+)
 from fxmpq.graph.sites import Site, find_sites
 from fxmpq.graph.state import Group, state_of
 from fxmpq.graph.trace import trace
@@ -158,3 +163,16 @@ def test_prepare_joins_them_and_remembers(
         formats.append(quantizer.formats)
     assert formats[0] == formats[1]
     assert len(formats[0]) == 2
+
+
+def test_sites_of_one_range_are_symmetric_where_one_of_them_is(
+    branches: fx.GraphModule, chip_rules: TargetRules
+) -> None:
+    shared, sites, _ = search(branches, replace(chip_rules, shared_ranges=frozenset({"cat"})))
+    assert not any(site.is_symmetric for site in sites)
+    ((first, *others),) = shared.classes or ((0, 1),)
+    sites[others[-1]].is_symmetric = True
+    share_symmetry(SharedRanges(((first, *others),), ()), sites)
+    marked = {index for index, site in enumerate(sites) if site.is_symmetric}
+    assert marked == {first, *others}
+    assert len(marked) < len(sites)

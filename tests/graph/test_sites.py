@@ -272,3 +272,126 @@ def test_a_product_that_stays_float_has_no_sites() -> None:
     candidates = [Precision(8, 8)]
     groups = form_groups(graph, layers, rules, candidates, {}, ["matmul"], asked=asked).groups
     assert [site.value.name for site in find_sites(graph, groups, rules, ())] == ["x"]
+
+
+def symmetric_of(graph: fx.GraphModule, rules: TargetRules, *kinds: str) -> set[str]:
+    rules = replace(rules, symmetric_inputs_of=frozenset(kinds))
+    layers = find_layers(graph).layers
+    groups = form_groups(graph, layers, rules, [Precision(8, 8)], {}, ()).groups
+    fusions = find_fusions(graph, layers, rules.fusions).fusions
+    sites = find_sites(graph, groups, rules, fusions)
+    return {site.value.name for site in sites if site.is_symmetric}
+
+
+def test_what_kinds_with_symmetric_inputs_read_is_symmetric(conv_graph: fx.GraphModule) -> None:
+    convolved = {"x", "max_pool2d", "relu"}
+    assert symmetric_of(conv_graph, REFERENCE.rules) == set()
+    assert symmetric_of(conv_graph, REFERENCE.rules, "conv") == convolved
+    assert symmetric_of(conv_graph, REFERENCE.rules, "linear") == {"mean"}
+    assert symmetric_of(conv_graph, REFERENCE.rules, "conv", "linear") == {*convolved, "mean"}
+    # It moves up past the max pooling, and stored outputs are read in codes too.
+    assert symmetric_of(conv_graph, ONNXRUNTIME.rules, "conv") == {"x", "relu_", "relu"}
+    assert symmetric_of(conv_graph, ONNXRUNTIME.rules, "add") == {"conv2d_2", "conv2d_3"}
+
+
+def test_a_site_of_two_kinds_is_symmetric_for_one_of_them() -> None:
+    """A linear layer and a product read `x`, the product alone its transpose."""
+    graph = trace(Product(), torch.randn(2, 3, 4))
+    asked = AskedProducts(find_products(graph))
+    layers = find_layers(graph).layers
+    groups = form_groups(
+        graph, layers, REFERENCE.rules, [Precision(8, 8)], {}, (), asked=asked
+    ).groups
+    found = {
+        kind: {
+            site.value.name
+            for site in find_sites(
+                graph, groups, replace(REFERENCE.rules, symmetric_inputs_of=frozenset({kind})), ()
+            )
+            if site.is_symmetric
+        }
+        for kind in ("linear", "matmul", "embedding")
+    }
+    assert found == {"linear": {"x"}, "matmul": {"x", "transpose"}, "embedding": set()}
+
+
+def test_what_a_fused_add_adds_is_read_in_codes_by_the_add_alone() -> None:
+    graph = trace(Skips().eval(), torch.randn(2, 3, 4, 4))
+    chains = (("conv", "relu"), ("conv", "add", "relu"), ("conv", "add"))
+    rules = replace(REFERENCE.rules, fusions=chains)
+    read = {
+        "x": ("one", {"conv2d"}),
+        "relu": ("two", {"conv2d_1"}),
+        "relu_1": ("three", {"conv2d_2"}),
+    }
+    assert sites_of(graph, rules) == read
+    rules = replace(rules, quantize_residuals_of=frozenset({"conv"}))
+    # The image is what a layer reads, too; what the last convolution adds is not.
+    with_residuals = {
+        **read,
+        "x": ("one", {"conv2d", "add"}),
+        "softmax": ("three", {"add_1"}),
+    }
+    assert sites_of(graph, rules) == with_residuals
+    # A layer that stays float adds floats.
+    assert sites_of(graph, rules, exclude=("three",)) == {
+        name: found for name, found in with_residuals.items() if found[0] != "three"
+    }
+    assert sites_of(graph, replace(rules, quantize_residuals_of=frozenset({"linear"}))) == read
+    assert symmetric_of(graph, rules, "add") == {"x", "softmax"}
+
+
+def test_a_stored_tensor_that_is_added_stays_as_it_is() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.shift = nn.Conv1d(2, 2, 1), nn.Parameter(torch.randn(2, 2, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) + self.shift
+
+    graph = trace(Shifted().eval(), torch.randn(2, 2, 4))
+    rules = replace(
+        REFERENCE.rules, fusions=(("conv", "add"),), quantize_residuals_of=frozenset({"conv"})
+    )
+    assert set(sites_of(graph, rules)) == {"x"}
+
+
+class Heads(nn.Module):
+    """Two heads whose products read views of linear layers, one view read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.out = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.query(x).view(2, 5, 2, 4).transpose(1, 2)
+        key = self.key(x).view(2, 5, 2, 4).transpose(1, 2)
+        weights = torch.softmax(torch.matmul(query, key.transpose(2, 3)), -1)
+        context = torch.matmul(weights, key)
+        return self.out(context.transpose(1, 2).reshape(2, 5, 8))
+
+
+def test_operands_of_products_are_stored_where_they_are_computed() -> None:
+    graph = trace(Heads(), torch.randn(2, 5, 8))
+    asked = AskedProducts(find_products(graph))
+    layers = find_layers(graph).layers
+    base = replace(REFERENCE.rules, symmetric_inputs_of=frozenset({"matmul"}))
+    groups = form_groups(graph, layers, base, [Precision(8, 8)], {}, (), asked=asked).groups
+
+    def found(rules: TargetRules) -> dict[str, bool]:
+        sites = find_sites(graph, groups, rules, ())
+        return {site.value.name: site.is_symmetric for site in sites}
+
+    # The linear layer behind reads its own view, the one that is read twice is stored itself.
+    behind = {"x": False, "reshape": False}
+    assert found(base) == {
+        "transpose": True,
+        "transpose_1": True,
+        "transpose_2": True,
+        "softmax": True,
+        **behind,
+    }
+    views = frozenset({torch.ops.aten.view.default, torch.ops.aten.transpose.int})
+    rules = replace(base, product_through=views, unsigned_outputs_of=frozenset({"softmax"}))
+    assert found(rules) == {"linear": True, "transpose_1": True, "softmax": False, **behind}

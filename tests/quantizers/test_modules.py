@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fxmpq.formats import NumberFormat, Precision, Scheme
-from fxmpq.granularity import PerTensor
+from fxmpq.granularity import Dynamic, PerTensor
 from fxmpq.quantizers.codes import dequantize, round_in_place
 from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
 from fxmpq.quantizers.ranges import ActivationRange
@@ -42,6 +42,16 @@ def test_an_uncalibrated_format_is_an_error(activation: ActivationQuantizer) -> 
     activation.activate(NumberFormat(2, Scheme.AFFINE))
     with pytest.raises(KeyError, match="uint2"):
         activation(torch.ones(1))
+
+
+def test_a_dynamic_format_finds_its_range_on_each_tensor() -> None:
+    found = NumberFormat(2, Scheme.AFFINE, dynamic=Dynamic.TENSOR)
+    quantizer = ActivationQuantizer("relu", [UINT4, found])
+    quantizer.activate(found)
+    for scale in (1.0, 100.0):
+        x = torch.tensor([0.0, 0.9, 3.0]) * scale
+        assert torch.equal(quantizer(x), torch.tensor([0.0, 1.0, 3.0]) * scale)
+    assert quantizer.ranges == {}
 
 
 def test_a_weight_has_codes_and_values_per_format() -> None:

@@ -208,6 +208,23 @@ def test_float_formats_pass_gradients_and_keep_their_scales(precision: str) -> N
         assert torch.equal(leaf.grad, torch.ones_like(x))
 
 
+@pytest.mark.parametrize("precision", ["a8d", "a4dt"])
+def test_a_dynamic_range_has_no_step_to_learn(precision: str) -> None:
+    found = Precision.parse(precision).activation
+    assert found is not None
+    source = ActivationQuantizer("x", [found])
+    source.activate(found)
+    quantizer = planned_quantizer(source, CPU)
+    assert isinstance(quantizer, PassingQuantizer)
+    leaf = draw(3, 12).requires_grad_()
+    result = quantizer(leaf)
+    assert torch.equal(result, source(leaf.detach()))
+    assert not torch.equal(result, leaf)
+    result.sum().backward()
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad, torch.ones_like(leaf))
+
+
 def test_straight_through_is_the_identity_backwards() -> None:
     x = draw(7).requires_grad_()
     result = straight_through(x, torch.sign)

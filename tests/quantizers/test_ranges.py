@@ -303,3 +303,47 @@ def test_a_tensor_of_one_value_keeps_it(rule: str, name: str, value: float) -> N
 def test_a_norm_beyond_double_precision_takes_the_whole_range() -> None:
     histogram = histogram_of([-1e3, 2e3])
     assert mse(histogram, affine(2), p=400.0) == minmax(histogram, affine(2))
+
+
+@pytest.mark.parametrize("rule", RANGES)
+@given(one=FLOATS, bits=st.sampled_from(WIDTHS))
+def test_a_symmetric_range_has_its_zero_in_the_middle(
+    rule: str, one: list[float], bits: int
+) -> None:
+    """And is the one of the values and their negatives, but for the smallest code."""
+    number_format, half = affine(bits), 1 << (bits - 1)
+    found = RANGES[rule].find(histogram_of(one), number_format, is_symmetric=True)
+    assert found.zero_point == half
+    assert torch.tensor(found.scale, dtype=torch.float32).item() == found.scale
+    whole = minmax(histogram_of(one), number_format, is_symmetric=True)
+    reach = max(max(one) / (half - 1), -min(one) / half)
+    assert whole.scale == pytest.approx(reach or 1.0, rel=1e-6)
+    assert 0 < found.scale <= whole.scale * 1.34
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_symmetric_mse_is_near_the_best_of_a_fine_grid_of_scales(shape: str, bits: int) -> None:
+    values, number_format = draw(shape, 1)[:3000], affine(bits)
+    histogram = histogram_of(values)
+    whole = minmax(histogram, number_format, is_symmetric=True)
+    best = min(
+        histogram_loss(
+            histogram,
+            ActivationRange(whole.scale * 2.0 ** (-step / 10), 1 << (bits - 1)),
+            number_format,
+            2.0,
+        )
+        for step in range(61)
+    )
+    found = mse(histogram, number_format, is_symmetric=True)
+    assert histogram_loss(histogram, found, number_format, 2.0) <= best * 1.02
+
+
+@pytest.mark.parametrize("rule", RANGES)
+@pytest.mark.parametrize("name", ["ae4m3", "ae5m2", "ae2m1"])
+def test_floats_have_the_same_range_symmetric_or_not(rule: str, name: str) -> None:
+    number_format = Precision.parse(name).activation
+    histogram = histogram_of(draw("shifted") - 2.5)
+    find = RANGES[rule].find
+    assert find(histogram, number_format, is_symmetric=True) == find(histogram, number_format)

@@ -342,6 +342,17 @@ def test_float_formats_are_left_alone(plan_of: Callable[..., Any]) -> None:
     assert all("weight__2_" in name or "bias_linear_1" in name for name in changed)
 
 
+def test_dynamic_ranges_stay_what_each_run_finds(plan_of: Callable[..., Any]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    batches = [draw(8, 8)]
+    graph = plan_of(model, batches, precisions=("w3a8d", "w3a4d")).planned
+    done = run(graph, batches, steps=30)
+    assert [entry.layer for entry in done] == ["0", "2"]
+    assert all(entry.after <= entry.before for entry in done)
+    found = [m for m in graph.modules() if isinstance(m, ActivationQuantizer)]
+    assert [m.ranges for m in found] == [{}, {}]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -183,6 +183,18 @@ def test_ranges_are_trained_with_all_their_readers(plan_of: Callable[..., Any]) 
     assert all(entry.after < entry.before / 1.5 for entry in done)
 
 
+def test_dynamic_ranges_stay_what_each_run_finds(plan_of: Callable[..., Any]) -> None:
+    subject = plan_of(
+        nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), [draw(8, 8)], ("w3a8d", "w3a4d")
+    )
+    done = run(subject.planned, subject.batches, steps=30)
+    assert done
+    assert all(entry.after <= entry.before for entry in done)
+    modules = subject.planned.modules()
+    found = [m for m in modules if isinstance(m, ActivationQuantizer)]
+    assert [m.ranges for m in found] == [{}, {}]
+
+
 def test_tensors_of_one_range_keep_it(plan_of: Callable[..., Any]) -> None:
     subject = residual(plan_of, "w8a4")
     graph = subject.planned

@@ -23,7 +23,7 @@ from fxmpq.refinement.units import Units
 from fxmpq.refinement.views import LayerView
 from fxmpq.refinement.walk import Walk
 from fxmpq.sensitivity.measure import measure
-from fxmpq.steps import apply, prepare
+from fxmpq.steps import prepare
 
 Subject = Any
 RAN: list[str] = []
@@ -357,17 +357,15 @@ def layer_of(state: Any, name: str) -> Any:
     return next(one for group in state.groups for one in group.layers if one.name == name)
 
 
-def test_a_plan_chooses_among_the_rounded_copies(mixed: fx.GraphModule, images: list) -> None:
+def test_a_plan_chooses_among_the_rounded_copies(
+    mixed: fx.GraphModule, images: list, in_turn: Callable[[fx.GraphModule], fx.GraphModule]
+) -> None:
     stitched = refine(mixed, None, images, "flip")
-    choices = {
-        group.name: str(group.candidates[index % len(group.candidates)])
-        for index, group in enumerate(state_of(mixed).groups)
-    }
-    planned = apply(stitched, choices)
+    planned = in_turn(stitched)
     for view in Walk(planned, images).layers():
         stored = view.quantizer.stored_codes(view.number_format)
         assert (stored is not None) == view.number_format.is_integer
-    assert not torch.equal(planned(images[0]), apply(mixed, choices)(images[0]))
+    assert not torch.equal(planned(images[0]), in_turn(mixed)(images[0]))
     # What is measured is what will be deployed.
     found = measure(stitched, images, method="sqnr", progress=False)
     plain = measure(mixed, images, method="sqnr", progress=False)

@@ -128,8 +128,10 @@ def test_a_soft_weight_ends_on_one_of_its_two_codes(seed: int, number_format: Nu
 UINT4 = NumberFormat(4, Scheme.AFFINE)
 
 
-def range_of(scale: float, zero_point: int) -> tuple[ActivationQuantizer, LearnedRange]:
-    quantizer = ActivationQuantizer("x", [UINT4])
+def range_of(
+    scale: float, zero_point: int, is_symmetric: bool = False
+) -> tuple[ActivationQuantizer, LearnedRange]:
+    quantizer = ActivationQuantizer("x", [UINT4], is_symmetric)
     quantizer.ranges[UINT4.name] = ActivationRange(scale, zero_point)
     quantizer.activate(UINT4)
     return quantizer, LearnedRange(quantizer)
@@ -155,9 +157,11 @@ def test_a_range_deploys_what_it_trained(
     assert 0 <= found.zero_point <= 15
 
 
-@pytest.mark.parametrize("zero_point", [0, 15])
-def test_a_zero_point_at_an_end_stays(zero_point: int) -> None:
-    quantizer, variable = range_of(0.1, zero_point)
+@pytest.mark.parametrize(("zero_point", "is_symmetric"), [(0, False), (15, False), (8, True)])
+def test_a_zero_point_at_an_end_stays_and_a_symmetric_one(
+    zero_point: int, is_symmetric: bool
+) -> None:
+    quantizer, variable = range_of(0.1, zero_point, is_symmetric)
     (variable(4 * draw(50)) - 4 * draw(50)).square().sum().backward()
     assert variable.scale_change.grad is not None
     assert variable.scale_change.grad < 0

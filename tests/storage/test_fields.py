@@ -20,7 +20,7 @@ from fxmpq.storage.fields import decode, decode_fields, encode, encode_fields, f
 NAMES = st.text(min_size=1, max_size=8)
 COUNTS = st.integers(0, 2**40)
 PRECISIONS = st.sampled_from(
-    ["fp32", "w2", "w4a8", "w8a8", "w16a16", "w4b32", "w4ta8", "we4m3ae4m3", "we2m1b32a8"]
+    ["fp32", "w2", "w4a8", "w8a8", "w16a16", "w4b32", "w4ta8", "we4m3ae4m3", "we2m1b32a8d"]
 ).map(Precision.parse)
 LAYERS = st.builds(
     Layer,

@@ -142,6 +142,20 @@ def test_quantizers_that_do_not_fit_are_refused(found: object) -> None:
     assert list(decode_quantizers({"q": QUANTIZER})) == ["q"]
 
 
+def test_quantizers_of_files_from_before_symmetric_ranges_are_affine() -> None:
+    entry = {
+        "class": "ActivationQuantizer",
+        "name": "x",
+        "formats": ["uint8"],
+        "ranges": {},
+        "active": None,
+    }
+    for found, expected in ((entry, False), ({**entry, "is_symmetric": True}, True)):
+        quantizer = decode_quantizers({"q": found})["q"]
+        assert isinstance(quantizer, ActivationQuantizer)
+        assert quantizer.is_symmetric is expected
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -1,15 +1,10 @@
-"""A model with tied weights, and plans that mix precisions, for what trains."""
+"""A model with tied weights, for what trains."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor, fx, nn
-
-from fxmpq.graph.state import require
-from fxmpq.graph.switch import with_choices
+from torch import Tensor, nn
 
 
 class Tied(nn.Module):
@@ -37,18 +32,3 @@ def tied_model() -> nn.Module:
 @pytest.fixture(scope="session")
 def ids() -> Tensor:
     return torch.arange(28).reshape(4, 7) % 7
-
-
-@pytest.fixture(scope="session")
-def in_turn() -> Callable[[fx.GraphModule], fx.GraphModule]:
-    """Plans a calibrated graph with its groups at their candidates in turn."""
-
-    def plan(graph: fx.GraphModule) -> fx.GraphModule:
-        groups = require(graph, stage="calibrated").groups
-        chosen = {
-            group.name: str(group.candidates[index % len(group.candidates)])
-            for index, group in enumerate(groups)
-        }
-        return with_choices(graph, chosen)
-
-    return plan

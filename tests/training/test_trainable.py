@@ -257,6 +257,14 @@ def test_formats_without_a_single_step_are_refused(
         trainable(graph)
 
 
+def test_dynamic_ranges_are_refused(calibrated: Planned) -> None:
+    batch = torch.ones(2, 3)
+    candidates = [Precision.parse(found) for found in ("w4a8", "w4a8d")]
+    graph = calibrated(trace(nn.Linear(3, 2), batch), [batch], candidates=candidates)
+    with pytest.raises(PrecisionError, match="candidate w4a8d .* of dynamic ranges do not have"):
+        trainable(graph)
+
+
 def test_one_scale_per_tensor_trains(
     calibrated: Planned, conv_graph: fx.GraphModule, images: list[Tensor]
 ) -> None:

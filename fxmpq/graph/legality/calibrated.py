@@ -26,12 +26,17 @@ def _ranges(subject: Subject) -> Breaches:
         for entry in module.formats if isinstance(module, ActivationQuantizer) else ():
             assert isinstance(module, ActivationQuantizer)
             found = module.ranges.get(entry.name)
-            if found is None:
+            if entry.dynamic is not None:
+                if found is not None:
+                    yield f"quantizer {name!r} has a range of {entry.name}, which finds its own"
+            elif found is None:
                 yield f"quantizer {name!r} lacks a range of {entry.name}"
             elif not 0 < found.scale < math.inf:
                 yield f"quantizer {name!r} has the scale {found.scale} for {entry.name}"
             elif not _has_zero(entry, found.zero_point):
                 yield f"quantizer {name!r} has its zero outside of {entry.name}"
+            elif module.is_symmetric and not _is_centred(entry, found.zero_point):
+                yield f"quantizer {name!r} is symmetric, with {found.zero_point} for {entry.name}"
 
 
 def _shared_ranges(subject: Subject) -> Breaches:
@@ -51,6 +56,10 @@ def _has_zero(number_format: NumberFormat, zero_point: int) -> bool:
     if not number_format.is_integer:
         return zero_point == 0
     return number_format.qmin <= zero_point <= number_format.qmax
+
+
+def _is_centred(number_format: NumberFormat, zero_point: int) -> bool:
+    return not number_format.is_integer or zero_point == 1 << (number_format.bits - 1)
 
 
 def _scales(subject: Subject) -> Breaches:
@@ -130,7 +139,9 @@ def _active(subject: Subject) -> Breaches:
 
 CALIBRATION = Rule("calibrated", "the state says so", _calibration)
 RANGES = Rule(
-    "ranges", "each activation quantizer has a positive scale and a zero per format", _ranges
+    "ranges",
+    "each activation quantizer has a positive scale and a zero per format that is not dynamic",
+    _ranges,
 )
 SHARED_RANGES = Rule(
     "shared ranges", "quantizers that share a range have the same one", _shared_ranges

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from fxmpq.graph.attributes import get_tensor, set_tensor
+from fxmpq.graph.attributes import get_tensor, replace_stored
 from fxmpq.graph.constants import constant_nodes
 from fxmpq.graph.inserting import Inserter
 
@@ -151,13 +151,7 @@ def _as_linear_weight(
     ):
         return None
     turned.add(factor)
-    matrix = get_tensor(graph, str(factor.target))
-    weight = matrix.detach().t()
-    if isinstance(matrix, nn.Parameter):
-        weight = nn.Parameter(weight, matrix.requires_grad)
-    set_tensor(graph, str(factor.target), weight)
-    if isinstance(factor.meta.get("val"), Tensor):
-        factor.meta["val"] = factor.meta["val"].t()
+    replace_stored(graph, factor, get_tensor(graph, str(factor.target)).detach().t())
     return factor
 
 

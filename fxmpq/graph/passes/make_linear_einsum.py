@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from fxmpq.graph.attributes import get_tensor, set_tensor
+from fxmpq.graph.attributes import get_tensor, replace_stored
 from fxmpq.graph.batches import fixed_size
 from fxmpq.graph.inserting import Inserter
 
@@ -140,20 +140,13 @@ def _fits(graph: fx.GraphModule, found: _Contraction) -> bool:
 
 def _store_matrix(graph: fx.GraphModule, node: fx.Node, found: _Contraction) -> None:
     """Store a weight as `[columns, summed]`, in the memory layout that einsum gives it."""
-    name = str(node.target)
-    tensor = get_tensor(graph, name)
+    tensor = get_tensor(graph, str(node.target)).detach()
     columns, summed = found.matrix[:2]
     if found.is_behind:
-        matrix = tensor.detach().permute(*columns, *summed).flatten(len(columns)).flatten(0, -2)
+        matrix = tensor.permute(*columns, *summed).flatten(len(columns)).flatten(0, -2)
     else:
-        moved = tensor.detach().permute(*summed, *columns)
-        matrix = moved.flatten(len(summed)).flatten(0, -2).T
-    if isinstance(tensor, nn.Parameter):
-        matrix = nn.Parameter(matrix, tensor.requires_grad)
-    set_tensor(graph, name, matrix)
-    value = node.meta.get("val")
-    if isinstance(value, Tensor):
-        node.meta["val"] = value.new_empty(matrix.shape)
+        matrix = tensor.permute(*summed, *columns).flatten(len(summed)).flatten(0, -2).T
+    replace_stored(graph, node, matrix)
 
 
 def _replace(graph: fx.GraphModule, node: fx.Node, found: _Contraction, sizes: torch.Size) -> None:

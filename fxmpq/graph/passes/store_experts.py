@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fxmpq.graph import experts  # noqa: F401  (registers torch.ops.fxmpq)
-from fxmpq.graph.attributes import get_tensor, set_tensor
+from fxmpq.graph.attributes import get_tensor, replace_stored
 from fxmpq.graph.constants import constant_nodes
 from fxmpq.graph.inserting import Inserter
 
@@ -158,15 +158,8 @@ def _is_read_alike(stored: fx.Node, products: list[_Product]) -> bool:
 
 
 def _store_matrix(graph: fx.GraphModule, node: fx.Node, *, is_turned: bool) -> None:
-    name = str(node.target)
-    tensor = get_tensor(graph, name)
-    matrix = (tensor.detach().mT if is_turned else tensor.detach()).flatten(0, 1)
-    if isinstance(tensor, nn.Parameter):
-        matrix = nn.Parameter(matrix, tensor.requires_grad)
-    set_tensor(graph, name, matrix)
-    value = node.meta.get("val")
-    if isinstance(value, Tensor):
-        node.meta["val"] = value.new_empty(matrix.shape)
+    tensor = get_tensor(graph, str(node.target)).detach()
+    replace_stored(graph, node, (tensor.mT if is_turned else tensor).flatten(0, 1))
 
 
 def _replace(graph: fx.GraphModule, product: _Product, count: int) -> None:

@@ -52,8 +52,19 @@ def set_range(scale: float, zero_point: int) -> Plant:
     return plant
 
 
+def off_the_middle(graph: fx.GraphModule) -> None:
+    set_range(1.0, 127)(graph)
+    graph.get_submodule(ACTIVATION).is_symmetric = True
+
+
 def without_range(graph: fx.GraphModule) -> None:
     graph.get_submodule(ACTIVATION).ranges = {}
+
+
+def with_dynamic_range(graph: fx.GraphModule) -> None:
+    quantizer = graph.get_submodule(ACTIVATION)
+    quantizer.formats += (Precision.parse("a8d").activation,)
+    quantizer.ranges = {**quantizer.ranges, "uint8d": ActivationRange(1.0, 0)}
 
 
 def without_scale(graph: fx.GraphModule) -> None:
@@ -102,10 +113,12 @@ def nan(shape: int) -> Tensor:
 PLANTS: list[tuple[str, Rule, Plant, str]] = [
     ("not calibrated", CALIBRATION, change_state(calibrated=False), "it is not calibrated"),
     ("no range", RANGES, without_range, "activation_0' lacks a range of uint8"),
+    ("a dynamic range", RANGES, with_dynamic_range, "has a range of uint8d, which finds its own"),
     ("a scale of zero", RANGES, set_range(0.0, 0), "has the scale 0.0 for uint8"),
     ("a scale without end", RANGES, set_range(math.inf, 0), "has the scale inf for uint8"),
     ("no number as scale", RANGES, set_range(math.nan, 0), "has the scale nan for uint8"),
     ("a zero outside", RANGES, set_range(1.0, 256), "has its zero outside of uint8"),
+    ("a zero off the middle", RANGES, off_the_middle, "is symmetric, with 127 for uint8"),
     (
         "ranges that should be one",
         SHARED_RANGES,
