@@ -9,6 +9,7 @@ from __future__ import annotations
 from fxmpq.calibration.calibrate import calibrate
 from fxmpq.costs.brought import read_costs, write_costs
 from fxmpq.costs.table import CostTable
+from fxmpq.costs.terms import Edge, Moment
 from fxmpq.errors import FxmpqError, InfeasibleBudgetError
 from fxmpq.formats import NumberFormat, Precision
 from fxmpq.graph.trace import trace
@@ -44,8 +45,10 @@ __all__ = [
     "Budget",
     "Converted",
     "CostTable",
+    "Edge",
     "FxmpqError",
     "InfeasibleBudgetError",
+    "Moment",
     "NumberFormat",
     "ParetoFront",
     "Plan",

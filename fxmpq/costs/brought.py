@@ -6,14 +6,19 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from fxmpq.costs.table import CostTable
+from fxmpq.costs.terms import Edge, exact_sum
 from fxmpq.errors import FileFormatError, PrecisionError, closest
 from fxmpq.formats import Precision
 
 REST = "*"
 """In place of a group's name: what the rest of the model costs, whatever the precisions."""
+
+BETWEEN = ">"
+"""Between the producer and the reader of an edge, and between their precisions."""
 
 _KEYS = ("group", "precision")
 _FLOAT = str(Precision())
@@ -26,6 +31,10 @@ def read_costs(path: str | Path, table: CostTable) -> CostTable:
     every group at every candidate. Rows at `fp32` may be there besides: where all groups have
     one, shares of the float model can be asked for. A row of the group `*` says what the rest of
     the model costs. `write_costs` writes a file to fill in.
+
+    Rows of two groups, as `conv1>conv2` at `w8a8>fp32`, say what it costs that the first hands its
+    result to the second in these formats; where two groups have such a row, they need one for
+    every two of their candidates. A peak is no sum over groups and cannot be brought so.
 
     Args:
         path: The file.
@@ -53,7 +62,9 @@ def read_costs(path: str | Path, table: CostTable) -> CostTable:
         raise FileFormatError(
             f"{file.path} has costs {known[0]!r}, which the table has already; take that column out"
         )
+    file.check(rows, table)
     found = {metric: file.costs(rows, index, table) for index, metric in enumerate(metrics)}
+    edges = {metric: file.edges(rows, index, table) for index, metric in enumerate(metrics)}
     return replace(
         table,
         costs={**table.costs, **{metric: costs.costs for metric, costs in found.items()}},
@@ -62,6 +73,7 @@ def read_costs(path: str | Path, table: CostTable) -> CostTable:
             **table.float_total,
             **{m: costs.in_float for m, costs in found.items() if costs.in_float is not None},
         },
+        edges={**table.edges, **edges},
     )
 
 
@@ -70,9 +82,10 @@ def write_costs(path: str | Path, table: CostTable) -> None:
 
     Args:
         path: The file; replaced if it is there. Columns may be taken out and added.
-        table: All its metrics are written.
+        table: All its metrics are written but those that are peaks: a peak is no sum over groups.
+            Several edges between the same two groups are written as one.
     """
-    metrics = table.metrics
+    metrics = tuple(table.costs)
     with Path(path).open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow([*_KEYS, *metrics])
@@ -81,6 +94,17 @@ def write_costs(path: str | Path, table: CostTable) -> None:
                 costs = [table.cost(metric, group, name) for metric in metrics]
                 writer.writerow([group, name, *costs])
         writer.writerow([REST, "", *(table.fixed.get(metric, 0) for metric in metrics)])
+        found = [(edge.producer, edge.reader) for edges in table.edges.values() for edge in edges]
+        for ends in dict.fromkeys(found):
+            for names in product(*map(table.precisions, ends)):
+                costs = [_between(table, metric, ends, names) for metric in metrics]
+                writer.writerow([BETWEEN.join(ends), BETWEEN.join(names), *costs])
+
+
+def _between(table: CostTable, metric: str, ends: tuple[str, str], names: tuple[str, ...]) -> float:
+    choices = dict(zip(ends, names, strict=True))
+    edges = table.edges.get(metric, ())
+    return exact_sum([e.cost(choices) for e in edges if (e.producer, e.reader) == ends])
 
 
 @dataclass(frozen=True)
@@ -128,16 +152,42 @@ class _File:
             rows[key] = number, line[len(_KEYS) :]
         return metrics, rows
 
-    def costs(self, rows: _Rows, index: int, table: CostTable) -> _Costs:
-        """One metric for every group and precision of a table."""
+    def check(self, rows: _Rows, table: CostTable) -> None:
+        """Refuse rows that are of no group, precision or edge of a table."""
         legal = {(group, name) for group in table.groups for name in table.precisions(group)}
         legal |= {(group, _FLOAT) for group in table.groups} | {(REST, "")}
-        for key, (number, _) in rows.items():
-            if key not in legal:
-                groups = closest(key[0], table.groups)
-                names = ", ".join(table.precisions(key[0])) if key[0] in table.groups else ""
+        for (group, name), (number, _) in rows.items():
+            if (group, name) in legal:
+                continue
+            ends = _ends(group, table)
+            if ends is None:
+                groups = closest(group, table.groups)
+                names = ", ".join(table.precisions(group)) if group in table.groups else ""
                 known = f"that group has {names}" if names else f"closest groups: {groups}"
-                raise self.wrong(number, f"no group and precision {' '.join(key)}; {known}")
+                raise self.wrong(number, f"no group and precision {group} {name}; {known}")
+            if name not in map(BETWEEN.join, product(*map(table.precisions, ends))):
+                has = "; ".join(f"{end} has {', '.join(table.precisions(end))}" for end in ends)
+                raise self.wrong(number, f"no precisions {name} between these groups: {has}")
+
+    def edges(self, rows: _Rows, index: int, table: CostTable) -> tuple[Edge, ...]:
+        """The edges of one metric; those that cost nothing are left out."""
+        named = {group: _ends(group, table) for group, _ in rows if group not in table.groups}
+        found = []
+        for group, ends in named.items():
+            if ends is None:
+                continue
+            costs: dict[str, dict[str, float]] = {}
+            for name, other in product(*map(table.precisions, ends)):
+                key = (group, BETWEEN.join((name, other)))
+                if key not in rows:
+                    raise FileFormatError(f"{self.path} has no row for {group} at {key[1]}")
+                costs.setdefault(name, {})[other] = self._number(*rows[key], index)
+            if any(value for row in costs.values() for value in row.values()):
+                found.append(Edge(*ends, costs))
+        return tuple(found)
+
+    def costs(self, rows: _Rows, index: int, table: CostTable) -> _Costs:
+        """One metric for every group and precision of a table."""
         found: dict[str, dict[str, float]] = {}
         for group in table.groups:
             for name in table.precisions(group):
@@ -158,7 +208,7 @@ class _File:
         if line[0].strip() == REST:
             return ""
         try:
-            return str(Precision.parse(line[1]))
+            return BETWEEN.join(str(Precision.parse(name)) for name in line[1].split(BETWEEN))
         except PrecisionError as error:
             raise self.wrong(number, str(error)) from error
 
@@ -171,3 +221,13 @@ class _File:
             what = f"{fields[index]!r} is no cost; costs are finite numbers and not negative"
             raise self.wrong(number, what)
         return value
+
+
+def _ends(name: str, table: CostTable) -> tuple[str, str] | None:
+    """The producer and the reader that a row is of, if it is of two groups."""
+    parts = name.split(BETWEEN)
+    for place in range(1, len(parts)):
+        ends = BETWEEN.join(parts[:place]).strip(), BETWEEN.join(parts[place:]).strip()
+        if ends[0] != ends[1] and set(ends) <= set(table.groups):
+            return ends
+    return None

@@ -24,8 +24,8 @@ _TOLERANCE = 1e-9
 _SHARP = 1e-6
 _STEEP = 1e6
 # A solver looks for improvements of about 1e-5 at least: 1e-9 of an objective scaled so.
-_SCALE = 1e4
-_NONE_LEFT = (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE)
+OBJECTIVE_SCALE = 1e4
+NONE_LEFT = (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE)
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def branch(
     if seconds <= 0:
         return Branched(None, complete=False, bound=0.0)
     model = new_model(solver)
-    model.max_mip_gap_abs = allowed_gap * _SCALE
+    model.max_mip_gap_abs = allowed_gap * OBJECTIVE_SCALE
     columns = {
-        option.key: model.add_var(var_type=mip.BINARY, obj=option.value / unit * _SCALE)
+        option.key: model.add_var(var_type=mip.BINARY, obj=option.value / unit * OBJECTIVE_SCALE)
         for option in instance.options
     }
     for group in instance.groups:
@@ -102,12 +102,12 @@ def branch(
         if free:
             model.add_constr(mip.LinExpr(free, [1.0] * len(free), -float(most), "<"))
     status = model.optimize(max_seconds=seconds)
-    if status in _NONE_LEFT:
+    if status in NONE_LEFT:
         return Branched(None, complete=True, bound=0.0)
     if model.num_solutions == 0:
         # What CBC gives as a bound then is its largest number.
         return Branched(None, complete=False, bound=0.0)
-    proven = float(model.objective_bound or 0.0) / _SCALE
+    proven = float(model.objective_bound or 0.0) / OBJECTIVE_SCALE
     chosen = tuple(
         max(group, key=lambda option: float(columns[option.key].x)) for group in instance.groups
     )

@@ -12,7 +12,7 @@ from fxmpq.artefact import build, check_fields, dump_json, load_json
 from fxmpq.costs.table import CostTable
 from fxmpq.errors import BudgetError, FileFormatError, InfeasibleBudgetError, closest
 from fxmpq.solver.exact import within
-from fxmpq.solver.ties import smallest
+from fxmpq.solver.limits import is_reachable, least_total
 
 SCHEMA = "fxmpq.budget"
 VERSION = 1
@@ -144,6 +144,12 @@ class Budget:
                 limits.append(_limit(name, value))
         return cls(tuple(limits), minimize, loss, in_decibels)
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The costs that it names, each once."""
+        minimized = [] if self.minimize is None else [self.minimize]
+        return tuple(dict.fromkeys([*(limit.metric for limit in self.limits), *minimized]))
+
     def __str__(self) -> str:
         parts = [limit.text for limit in self.limits]
         if self.minimize is not None:
@@ -195,7 +201,7 @@ class Budget:
             BudgetError: If a metric is not in the table.
         """
         resolved = self.resolve(costs)
-        if not all(within(costs.smallest(limit.metric), limit.amount) for limit in resolved):
+        if not all(is_reachable(costs, limit.metric, limit.amount) for limit in resolved):
             raise InfeasibleBudgetError(infeasible_message(resolved, costs))
 
 
@@ -206,14 +212,15 @@ def infeasible_message(
     lines = []
     alone = True
     for limit in limits:
-        least = costs.fixed.get(limit.metric, 0) + smallest(costs.costs[limit.metric], ties)
+        least, is_reached = least_total(costs, limit.metric, ties)
         total = costs.float_total.get(limit.metric)
         share = "" if not total else f" ({100 * least / total:.2f} % of float)"
         met = within(least, limit.amount)
         alone = alone and met
         lines.append(
             f"  {limit.text}: at most {_number(limit.amount)}; the smallest value reachable is "
-            f"{_number(least)}{share}{'' if met else '  <- not reachable'}"
+            f"{'' if is_reached else 'no less than '}{_number(least)}{share}"
+            f"{'' if met else '  <- not reachable'}"
         )
     head = "no choice of precisions meets the budget"
     if alone:
@@ -286,4 +293,4 @@ def _finite(name: str, value: object, number: float) -> float:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.4g}"
+    return f"{value:,.0f}" if value == int(value) or value >= 1000 else f"{value:,.4g}"

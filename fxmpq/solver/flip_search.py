@@ -112,8 +112,8 @@ def flip_curve(
         The baseline and one point a flip.
 
     Raises:
-        FxmpqError: If the metric or a tie is unknown, tied groups share no precision, or a score
-            is NaN.
+        FxmpqError: If the metric or a tie is unknown, the metric is no sum over groups alone,
+            tied groups share no precision, or a score is NaN.
 
     Examples:
         >>> sensitivity = Sensitivity({"a": {"w4a8": 0.1, "w8a8": 0.0}})
@@ -126,7 +126,7 @@ def flip_curve(
     choices = baseline(sensitivity, costs, metric, ties=ties)
     found = flips(sensitivity, costs, metric, ties=ties)
     kept = lowering(found) if monotone else found
-    table = costs.costs[metric]
+    table = costs.separable(metric)
     cost = sum((exact(table[group][name]) for group, name in choices.items()), _ZERO)
     first = cost = cost + exact(costs.fixed.get(metric, 0))
     loss = sum((exact(sensitivity.values[group][name]) for group, name in choices.items()), _ZERO)

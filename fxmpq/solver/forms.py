@@ -16,7 +16,7 @@ from fxmpq.solver.relaxation import Relaxation
 from fxmpq.solver.search import find_optimum
 
 # A gap that any choice is within.
-_ANY = 1e300
+ANY_GAP = 1e300
 
 
 def integer_program(
@@ -107,7 +107,7 @@ def any_choice(instance: Instance, solver: str, seconds: float) -> frozenset[int
         InfeasibleBudgetError: If there is none.
         BudgetError: If the time limit passed first.
     """
-    found = find_optimum(instance, solver=solver, time_limit=seconds, max_gap=_ANY)
+    found = find_optimum(instance, solver=solver, time_limit=seconds, max_gap=ANY_GAP)
     if found is None:
         raise InfeasibleBudgetError("no choice is within all limits")
     return found.keys

@@ -67,7 +67,8 @@ def baseline(
         Precision name per group.
 
     Raises:
-        FxmpqError: If the metric or a tie is unknown, or tied groups share no precision.
+        FxmpqError: If the metric or a tie is unknown, the metric is no sum over groups alone, or
+            tied groups share no precision.
 
     Examples:
         >>> sensitivity = Sensitivity({"a": {"w4a8": 0.1, "w8a8": 0.0}})
@@ -102,7 +103,8 @@ def flips(
         All of them; `lowering` leaves out those that save nothing.
 
     Raises:
-        FxmpqError: If the metric or a tie is unknown, or tied groups share no precision.
+        FxmpqError: If the metric or a tie is unknown, the metric is no sum over groups alone, or
+            tied groups share no precision.
 
     Examples:
         >>> sensitivity = Sensitivity({"a": {"w4a8": 0.1, "w8a8": 0.0, "w2a8": 0.3}})
@@ -218,7 +220,7 @@ def _saving(
     """A program whose one cost is a metric."""
     if metric not in costs.metrics:
         raise FxmpqError(f"no cost {metric!r} to save; there are {closest(metric, costs.metrics)}")
-    return IntegerProgram.of(sensitivity.values, [Row(costs.costs[metric], 0)], ties)
+    return IntegerProgram.of(sensitivity.values, [Row(costs.separable(metric), 0)], ties)
 
 
 def _bits(program: IntegerProgram, option: Option) -> int:

@@ -101,7 +101,8 @@ def _check_form(program: IntegerProgram) -> None:
     count = len(program.instance.limits)
     if count != 1:
         raise FxmpqError(
-            f"the 0/1 knapsack has exactly one limit, and the budget {count}; {advice}"
+            f"the 0/1 knapsack has exactly one limit, and the budget {count}, counting every "
+            f"moment of a peak; {advice}"
         )
     for options in program.instance.groups:
         if len(options) > 2:

@@ -6,10 +6,7 @@ Ma et al. (OMPQ), arXiv 2109.07865.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
-from itertools import product
+from collections.abc import Sequence
 
 import mip
 
@@ -25,54 +22,15 @@ from fxmpq.solver.forms import (
     lower_bound,
     named_solution,
 )
-from fxmpq.solver.instance import Instance, Option, reduce_instance
+from fxmpq.solver.instance import Instance, reduce_instance
+from fxmpq.solver.lp_rounding import ROUNDINGS, Relaxed
 from fxmpq.solver.program import IntegerProgram, Row, Solution, keeping_torch_threads
-from fxmpq.solver.relaxation import Relaxation, improved
+from fxmpq.solver.relaxation import Relaxation
 
-# Shares this close to 0 or 1 are the solver's rounding.
-_ROUNDING = 1e-6
 # Objectives of this size leave the solver's tolerances far below what matters.
 _SCALE = 1e4
 # How far above the typical value others may lie before a solver fails.
 _RANGE = 10**6
-
-
-@dataclass(frozen=True)
-class _Relaxed:
-    """A solved linear program.
-
-    `shares` and `bits`, of weights and activations together, are by the key of an option.
-    """
-
-    instance: Instance
-    shares: Mapping[int, float]
-    bits: Mapping[int, int]
-
-    def whole(self, group: Sequence[Option]) -> Option | None:
-        """The option that has all of its group, if one has."""
-        most = max(group, key=lambda option: self.shares[option.key])
-        return most if self.shares[most.key] >= 1 - _ROUNDING else None
-
-    def real_bits(self, group: Sequence[Option]) -> float:
-        """`sum_c x_c bits_c`."""
-        return sum(self.shares[option.key] * self.bits[option.key] for option in group)
-
-    def nearest(self, group: Sequence[Option]) -> Option:
-        """The option nearest to the real bits; of equal ones that of the greatest share."""
-        real = self.real_bits(group)
-
-        def distance(option: Option) -> tuple[float, float, int]:
-            return abs(self.bits[option.key] - real), -self.shares[option.key], option.value
-
-        return min(group, key=distance)
-
-    def around(self, group: Sequence[Option]) -> list[Option]:
-        """The options of the most bits below the real ones, and of the fewest above."""
-        real = self.real_bits(group)
-        bits = [self.bits[option.key] for option in group]
-        below = max((found for found in bits if found <= real + _ROUNDING), default=None)
-        above = min((found for found in bits if found >= real - _ROUNDING), default=None)
-        return [option for option in group if self.bits[option.key] in (below, above)]
 
 
 def lp(
@@ -187,7 +145,7 @@ def lp_shares(
     return found
 
 
-def _relax(program: IntegerProgram, solver: str, seconds: float) -> _Relaxed:
+def _relax(program: IntegerProgram, solver: str, seconds: float) -> Relaxed:
     reduced = reduce_instance(program.instance)
     if reduced is None:
         raise InfeasibleBudgetError("no choice is within all limits")
@@ -198,7 +156,7 @@ def _relax(program: IntegerProgram, solver: str, seconds: float) -> _Relaxed:
     if not reduced.limits:
         # Nothing binds.
         best = {min(group, key=lambda option: option.value).key for group in reduced.groups}
-        return _Relaxed(reduced, {o.key: float(o.key in best) for o in reduced.options}, bits)
+        return Relaxed(reduced, {o.key: float(o.key in best) for o in reduced.options}, bits)
     model = new_model(solver)
     unit = _typical_value(reduced)
     columns = {
@@ -218,7 +176,7 @@ def _relax(program: IntegerProgram, solver: str, seconds: float) -> _Relaxed:
             f"{solver} did not solve the linear program in {seconds:g} s; give it a longer "
             "time_limit"
         )
-    return _Relaxed(reduced, {key: float(column.x) for key, column in columns.items()}, bits)
+    return Relaxed(reduced, {key: float(column.x) for key, column in columns.items()}, bits)
 
 
 def _typical_value(instance: Instance) -> int:
@@ -229,72 +187,3 @@ def _typical_value(instance: Instance) -> int:
     found = relaxation.cheapest(relaxation.single_price())
     total: int = sum(values[index] for index in found)
     return max(total, most // _RANGE, 1)
-
-
-def _round_to_nearest(relaxed: _Relaxed) -> list[Option] | None:
-    groups = relaxed.instance.groups
-    chosen = [relaxed.whole(group) or relaxed.nearest(group) for group in groups]
-    fitting = _stepped_down(relaxed.instance, chosen)
-    return None if fitting is None else improved(relaxed.instance, fitting)
-
-
-def _search_around(relaxed: _Relaxed) -> list[Option] | None:
-    instance = relaxed.instance
-    found = [relaxed.whole(group) for group in instance.groups]
-    options = [
-        relaxed.around(group) if whole is None else [whole]
-        for group, whole in zip(instance.groups, found, strict=True)
-    ]
-
-    def rank(chosen: Sequence[Option]) -> tuple[int, Fraction]:
-        used = zip(instance.usage(chosen), instance.limits, strict=True)
-        left = sum((1 - Fraction(cost, limit) for cost, limit in used), Fraction(0))
-        return sum(option.value for option in chosen), left
-
-    combinations = [list(chosen) for chosen in product(*options)]
-    fitting = [chosen for chosen in combinations if instance.is_met_by(chosen)]
-    if fitting:
-        return min(fitting, key=rank)
-    return _stepped_down(instance, min(combinations, key=rank))
-
-
-def _stepped_down(instance: Instance, chosen: Sequence[Option]) -> list[Option] | None:
-    """Change options one by one until all limits are kept, the least loss per excess removed first.
-
-    Returns:
-        The choice, or `None` if no single change removes any more excess.
-    """
-    current = list(chosen)
-    while not instance.is_met_by(current):
-        used = instance.usage(current)
-        excess = _excess(used, instance.limits)
-        steps = []
-        for index, group in enumerate(instance.groups):
-            before = current[index]
-            for option in group:
-                after = [
-                    use + new - old
-                    for use, new, old in zip(used, option.costs, before.costs, strict=True)
-                ]
-                removed = excess - _excess(after, instance.limits)
-                if removed > 0:
-                    steps.append(((option.value - before.value) / removed, index, option))
-        if not steps:
-            return None
-        _, index, option = min(steps)
-        current[index] = option
-    return current
-
-
-def _excess(used: Sequence[int], limits: Sequence[int]) -> Fraction:
-    """By how much limits are exceeded, in shares of each."""
-    over = (
-        Fraction(use - limit, limit) for use, limit in zip(used, limits, strict=True) if use > limit
-    )
-    return sum(over, Fraction(0))
-
-
-ROUNDINGS: Mapping[str, Callable[[_Relaxed], list[Option] | None]] = {
-    "nearest": _round_to_nearest,
-    "search": _search_around,
-}

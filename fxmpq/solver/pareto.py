@@ -13,12 +13,15 @@ from fxmpq.errors import BudgetError, InfeasibleBudgetError
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.solver.branch import check_solver
 from fxmpq.solver.budget import Budget, infeasible_message
+from fxmpq.solver.edges import PairedProgram
 from fxmpq.solver.front import ParetoFront
-from fxmpq.solver.instance import Instance
+from fxmpq.solver.limits import limit_rows
+from fxmpq.solver.pair_search import find_either
+from fxmpq.solver.pairs import PairedInstance
 from fxmpq.solver.plan import Plan
 from fxmpq.solver.planning import check_tables, plan_of
-from fxmpq.solver.program import IntegerProgram, Row, Solution, keeping_torch_threads
-from fxmpq.solver.search import Found, Start, find_optimum
+from fxmpq.solver.program import Row, Solution, keeping_torch_threads
+from fxmpq.solver.search import Found, Start
 
 # A whole front of more points is refused; some of them can be had with `points=`.
 MAX_POINTS = 10_000
@@ -47,6 +50,9 @@ def pareto(
     and the bound of its neighbour. Losses add up: interactions are not counted. It runs no
     network and needs no labels; a point takes two programs of a few milliseconds each.
 
+    What format changes between groups cost (`CostTable.edges`) is counted, which takes about a
+    second a point for 50 groups; further limits may be on peaks too.
+
     A whole front can be long: thousands of plans for 20 groups of 5 candidates, and tens of
     thousands for 75. `points` asks for the plans at that many limits, evenly spaced between the
     least cost and the cost of the least loss, both included; limits that lead to the same plan
@@ -55,7 +61,7 @@ def pareto(
     Args:
         sensitivity: Of every group and precision.
         costs: Of the same groups and precisions.
-        metric: The cost to trade for loss.
+        metric: The cost to trade for loss; no peak.
         limits: On further costs (or the same), kept by every plan, as `Budget.parse` reads them.
         points: How many limits, 2 or more; the whole front if `None`, up to `MAX_POINTS` plans.
         ties: Groups that must take the same precision.
@@ -67,8 +73,8 @@ def pareto(
 
     Raises:
         InfeasibleBudgetError: If no choice meets `limits`.
-        BudgetError: If the limits or the number of points cannot be used, the front has more
-            than `MAX_POINTS` plans, or time ran out.
+        BudgetError: If the limits or the number of points cannot be used, the metric is a peak,
+            the front has more than `MAX_POINTS` plans, or time ran out.
         FxmpqError: If the tables do not belong together, or a name is unknown.
 
     Examples:
@@ -81,17 +87,20 @@ def pareto(
     check_solver(solver)
     if points is not None and points < 2:
         raise BudgetError(f"points={points} is no front; ask for 2 or more, or None for all")
-    costs.smallest(metric)
+    greatest = costs.largest(metric)
+    if metric in costs.moments:
+        raise BudgetError(
+            f"{metric!r} is a peak, and a front is of sums; ask for plans at some limits on it, as "
+            f"with solve(sensitivity, costs, {{{metric!r}: ...}})"
+        )
     held = _held(limits, costs)
     resolved = () if held is None else held.resolve(costs)
-    rows = [
-        Row(costs.costs[limit.metric], limit.amount - costs.fixed.get(limit.metric, 0))
-        for limit in resolved
-    ]
     # The first limit is the one that moves.
-    rows.insert(0, Row(costs.costs[metric], costs.largest(metric)))
-    program = IntegerProgram.of(sensitivity.values, rows, ties)
-    walk = _Walk(program.instance, solver, time_limit)
+    rows = [Row(costs.costs[metric], greatest, costs.edges.get(metric, ()))]
+    for limit in resolved:
+        rows += limit_rows(costs, limit.metric, limit.amount)
+    program = PairedProgram.of_any(sensitivity.values, rows, ties)
+    walk = _Walk(program.paired, solver, time_limit)
     with keeping_torch_threads():
         least = walk.least_cost()
         if least is None:
@@ -114,13 +123,13 @@ class _Point:
 class _Walk:
     """From the least loss down to the least cost, each point beginning where the last ended."""
 
-    def __init__(self, instance: Instance, solver: str, seconds: float) -> None:
+    def __init__(self, paired: PairedInstance, solver: str, seconds: float) -> None:
         self._solver = solver
         self._seconds = seconds
         self._deadline = time.monotonic() + seconds
-        self._least_loss = instance
-        self._least_cost = _turned(instance)
-        self._others = instance.limits[1:]
+        self._least_loss = paired
+        self._least_cost = _turned(paired)
+        self._others = paired.instance.limits[1:]
         self._start: Start | None = None
         self._prices: tuple[Fraction, ...] = ()
         self._found = 0
@@ -171,11 +180,12 @@ class _Walk:
         seconds = time.perf_counter() - began
         return _Point(second.keys, first.objective, second.objective, seconds)
 
-    def _solve(self, instance: Instance, limit: int, start: Start | None) -> Found | None:
+    def _solve(self, paired: PairedInstance, limit: int, start: Start | None) -> Found | None:
         left = self._deadline - time.monotonic()
         if left > 0:
-            found = find_optimum(
-                replace(instance, limits=(limit, *self._others)),
+            instance = replace(paired.instance, limits=(limit, *self._others))
+            found = find_either(
+                replace(paired, instance=instance),
                 solver=self._solver,
                 time_limit=left,
                 max_gap=0.0,
@@ -189,21 +199,31 @@ class _Walk:
         )
 
 
-def _turned(instance: Instance) -> Instance:
+def _turned(paired: PairedInstance) -> PairedInstance:
     """The same choices with the first cost as the value, and the value as the first cost."""
     groups = tuple(
         tuple(
             option._replace(value=option.costs[0], costs=(option.value, *option.costs[1:]))
             for option in group
         )
-        for group in instance.groups
+        for group in paired.instance.groups
     )
-    return replace(instance, groups=groups)
+    pairs = tuple(
+        replace(
+            pair,
+            entries={
+                ends: (cost, value, *rest) for ends, (value, cost, *rest) in pair.entries.items()
+            },
+        )
+        for pair in paired.pairs
+    )
+    return PairedInstance(replace(paired.instance, groups=groups), pairs)
 
 
-def _most(instance: Instance) -> int:
+def _most(paired: PairedInstance) -> int:
     """A limit on the first cost that every choice keeps."""
-    return sum(max(option.costs[0] for option in group) for group in instance.groups)
+    options = sum(max(option.costs[0] for option in group) for group in paired.instance.groups)
+    return options + sum(max(terms[1] for terms in p.entries.values()) for p in paired.pairs)
 
 
 def _held(limits: str | Mapping[str, object] | Budget | None, costs: CostTable) -> Budget | None:
@@ -221,13 +241,13 @@ def _held(limits: str | Mapping[str, object] | Budget | None, costs: CostTable) 
 
 def _plan(
     point: _Point,
-    program: IntegerProgram,
+    program: PairedProgram,
     sensitivity: Sensitivity,
     costs: CostTable,
     metric: str,
     held: Budget | None,
 ) -> Plan:
-    chosen = program.choices(point.keys)
+    chosen = program.program.choices(point.keys)
     choices = {group: chosen[group] for group in sensitivity.values}
     loss = float(Fraction(point.loss, program.scale))
     kept = () if held is None else held.limits

@@ -137,9 +137,14 @@ def choices_of(plan: Plan | Mapping[str, str], fingerprint: str) -> Mapping[str,
         fingerprint: Of the model they are for.
 
     Raises:
-        PlanError: If the plan was made for another model.
+        PlanError: If the plan was made for another model, or is none.
     """
     if isinstance(plan, Plan):
         plan.check(fingerprint)
         return plan.choices
+    if not isinstance(plan, Mapping):
+        raise PlanError(
+            "a plan is what fxmpq.solve returns, or a precision by group, as {'conv1': 'w8a8'}; "
+            f"found a {type(plan).__name__}. It goes behind the graph, in front of any batches"
+        )
     return plan

@@ -12,6 +12,7 @@ from fractions import Fraction
 
 import torch
 
+from fxmpq.costs.terms import Edge
 from fxmpq.errors import FxmpqError, InfeasibleBudgetError
 from fxmpq.solver.branch import check_solver
 from fxmpq.solver.exact import Number, allowance, common_denominator, exact
@@ -29,6 +30,7 @@ class Row:
         limit: The greatest sum allowed; between integers without rounding, else up to the
             limit's own rounding, `2^-50` of it, so that a limit that equals a sum of fractions
             is met by that sum.
+        edges: What pairs of groups add to the sum.
 
     Raises:
         FxmpqError: If the limit is not a number.
@@ -36,6 +38,7 @@ class Row:
 
     table: Table
     limit: Number
+    edges: tuple[Edge, ...] = ()
 
     def __post_init__(self) -> None:
         if math.isnan(self.limit):
@@ -90,8 +93,8 @@ class IntegerProgram:
         """Merge ties and find the integers.
 
         Raises:
-            FxmpqError: If a row lacks an entry, a tie is unknown, or tied groups share no
-                precision.
+            FxmpqError: If a row lacks an entry or has edges, a tie is unknown, or tied groups
+                share no precision.
         """
         _check_tables(objective, rows)
         units, names = merge_ties(objective, ties)
@@ -211,6 +214,11 @@ def _check_tables(objective: Table, rows: Sequence[Row]) -> None:
     if not objective or not all(objective.values()):
         raise FxmpqError("the program needs at least one group, each with a precision")
     for row in rows:
+        if row.edges:
+            raise FxmpqError(
+                f"a limit has {len(row.edges)} edges, which add what format changes between "
+                "groups cost; ask for program='ilp', the one form that counts them"
+            )
         for group, entries in objective.items():
             missing = set(entries) - set(row.table.get(group, {}))
             if missing:

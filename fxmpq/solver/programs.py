@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from fxmpq.costs.table import CostTable
-from fxmpq.errors import FxmpqError, closest
+from fxmpq.errors import BudgetError, FxmpqError, closest
 from fxmpq.sensitivity.measure import METHODS
 from fxmpq.sensitivity.sensitivity import Sensitivity
+from fxmpq.solver.edges import solve_rows
 from fxmpq.solver.greedy import greedy
 from fxmpq.solver.knapsack import knapsack
 from fxmpq.solver.lp import lp
-from fxmpq.solver.program import Row, Solution, solve_program
+from fxmpq.solver.program import Row, Solution
 from fxmpq.solver.quadratic.quadratic import quadratic
 
 # (sensitivity, costs, limits, *, ties, solver, time_limit, max_gap, and options of its own)
@@ -33,6 +34,8 @@ def ilp(
 ) -> Solution:
     """The integer program: least summed sensitivity within all limits, proven.
 
+    Limits may have edges: costs of format changes between groups.
+
     Args:
         sensitivity: Of every group and precision.
         costs: Of the same groups and precisions; the limits already hold them.
@@ -43,7 +46,7 @@ def ilp(
         max_gap: Relative gap at which it may stop.
 
     Returns:
-        The optimum of `solve_program`.
+        The optimum of `solve_program`, or of `solve_with_edges` where limits have edges.
 
     Examples:
         >>> sensitivity = Sensitivity({"a": {"w4a8": 0.1, "w8a8": 0.0}})
@@ -51,7 +54,7 @@ def ilp(
         >>> ilp(sensitivity, costs, [Row(costs.costs["weights"], 60)]).choices
         {'a': 'w4a8'}
     """
-    return solve_program(
+    return solve_rows(
         sensitivity.values,
         limits,
         ties=ties,
@@ -70,6 +73,9 @@ PROGRAMS: Mapping[str, Program] = {
 }
 
 NEED_INTERACTIONS = frozenset({"quadratic"})
+
+COUNT_EDGES = frozenset({"ilp"})
+"""Forms whose limits may count what format changes between groups cost."""
 
 # Methods whose point is another form than the integer program.
 OF_METHOD: Mapping[str, str] = {"projected": "quadratic", "pairwise": "quadratic"}
@@ -113,3 +119,22 @@ def check_program(
             raise FxmpqError(
                 f"no option {name!r} with the program {program!r}; there are {closest(name, legal)}"
             )
+
+
+def check_counted(program: str, metrics: Iterable[str], costs: CostTable) -> None:
+    """Refuse limits on costs that a form cannot count.
+
+    Args:
+        program: A key of `PROGRAMS`.
+        metrics: That have a limit.
+        costs: That may have edges.
+
+    Raises:
+        BudgetError: If a metric has costs of format changes, and the form counts none.
+    """
+    between = [metric for metric in metrics if metric in costs.edges]
+    if between and program not in COUNT_EDGES:
+        raise BudgetError(
+            f"the cost {between[0]!r} counts format changes between groups, which the program "
+            f"{program!r} cannot; ask for program='ilp'"
+        )

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fxmpq.costs.table import CostTable
 from fxmpq.errors import BudgetError, InfeasibleBudgetError
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.solver.budget import Budget, infeasible_message
+from fxmpq.solver.edges import solve_rows
+from fxmpq.solver.limits import limit_rows
+from fxmpq.solver.peaks import minimize_peak
 from fxmpq.solver.plan import Plan
 from fxmpq.solver.planning import check_tables, plan_of
-from fxmpq.solver.program import Row, solve_program
-from fxmpq.solver.programs import PROGRAMS, check_program, program_of
+from fxmpq.solver.program import Row, Solution
+from fxmpq.solver.programs import PROGRAMS, check_counted, check_program, program_of
 from fxmpq.solver.ties import smallest
 
 
@@ -35,13 +39,16 @@ def solve(
     plan holds the bound and the gap. Other forms of the program count interactions
     (`quadratic`) or are those of published methods (`greedy`, `lp`, `knapsack`).
 
+    What format changes between groups cost (`CostTable.edges`) is counted, and a peak
+    (`CostTable.moments`) is kept at every moment, whether they are limited or minimised.
+
     Args:
         sensitivity: Of every group and precision.
         costs: Of the same groups and precisions.
         budget: As `Budget.parse` reads it.
         program: A key of `PROGRAMS`; the sensitivity method's own if `None`, which is
-            `quadratic` for `projected` and `pairwise`, and `ilp` for all others and for budgets
-            with `minimize=`.
+            `quadratic` for `projected` and `pairwise`, and `ilp` for all others, for budgets
+            with `minimize=` and for limits on costs with format changes, which only `ilp` counts.
         ties: Groups that must take the same precision.
         solver: `cbc` or `highs`.
         time_limit: Seconds, after which the best plan found is returned as `feasible`.
@@ -55,7 +62,7 @@ def solve(
         InfeasibleBudgetError: If nothing meets the budget, with each limit and the smallest
             value reachable.
         BudgetError: If the budget asks for an SQNR and the sensitivity is no noise power, or
-            minimises a cost in another program than `ilp`.
+            minimises a cost or limits one with format changes in another program than `ilp`.
         FxmpqError: If the tables do not belong together, or the program or an option is
             unknown.
 
@@ -67,22 +74,21 @@ def solve(
     """
     check_tables(sensitivity, costs)
     wanted = Budget.parse(budget)
-    interacts = wanted.minimize is None and sensitivity.projections is not None
+    limited = [limit.metric for limit in wanted.limits]
+    is_plain = wanted.minimize is None and costs.edges.keys().isdisjoint(limited)
+    interacts = is_plain and sensitivity.projections is not None
     form = program or (program_of(sensitivity.method) if interacts else "ilp")
     check_program(form, options)
+    check_counted(form, limited, costs)
     _check_budget(wanted, sensitivity, form)
     limits = wanted.resolve(costs)
     wanted.check_feasible(costs)
-    rows = [
-        Row(costs.costs[limit.metric], limit.amount - costs.fixed.get(limit.metric, 0))
-        for limit in limits
-    ]
+    rows = [row for limit in limits for row in limit_rows(costs, limit.metric, limit.amount)]
     shared = {"ties": ties, "solver": solver, "time_limit": time_limit, "max_gap": max_gap}
     minimized = wanted.minimize
     try:
         if minimized is not None and wanted.loss is not None:
-            rows.append(Row(sensitivity.values, wanted.loss))
-            found = solve_program(costs.costs[minimized], rows, **shared)  # type: ignore[arg-type]
+            found = _minimized(minimized, wanted.loss, sensitivity, costs, rows, shared)
         else:
             found = PROGRAMS[form](sensitivity, costs, rows, **shared, **options)
     except InfeasibleBudgetError as error:
@@ -96,6 +102,22 @@ def solve(
         program=form,
         loss=summed if minimized is not None else found.objective,
     )
+
+
+def _minimized(
+    metric: str,
+    most: float,
+    sensitivity: Sensitivity,
+    costs: CostTable,
+    rows: Sequence[Row],
+    shared: Mapping[str, Any],
+) -> Solution:
+    """The choice of least cost whose loss is within a limit."""
+    if metric in costs.moments:
+        return minimize_peak(costs.moments[metric], sensitivity.values, most, rows, **shared)
+    within = [*rows, Row(sensitivity.values, most)]
+    edges = costs.edges.get(metric, ())
+    return solve_rows(costs.costs[metric], within, edges=edges, **shared)
 
 
 def _check_budget(budget: Budget, sensitivity: Sensitivity, form: str) -> None:

@@ -233,3 +233,9 @@ def test_a_budget_remembers_that_it_was_asked_for_in_decibels() -> None:
     assert (asked.loss, asked.in_decibels) == (pytest.approx(0.01), True)
     assert not Budget.parse("minimize=weights,loss=0.01").in_decibels
     assert Budget.from_json(asked.to_json()) == asked
+
+
+def test_a_budget_tells_which_costs_it_names() -> None:
+    budget = Budget.parse("minimize=latency,sqnr=30,weights=1MB,latency=5")
+    assert budget.metrics == ("weights", "latency")
+    assert Budget.parse("weights=15%").metrics == ("weights",)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxmpq.costs.table import CostTable
+from fxmpq.costs.terms import Moment
 from fxmpq.errors import FxmpqError
 from fxmpq.journal import Journal
 from fxmpq.sensitivity.sensitivity import Sensitivity
@@ -224,6 +225,14 @@ def test_a_curve_of_a_cost_that_is_zero_everywhere() -> None:
     sensitivity = Sensitivity({"a": {"w8a8": 0.0, "w4a8": 0.5}})
     curve = flip_curve(sensitivity, CostTable({"macs": {"a": {"w8a8": 0, "w4a8": 0}}}), "macs")
     assert [(point.cost, point.relative) for point in curve] == [(0, 1.0)]
+
+
+def test_a_curve_is_of_a_cost_that_is_a_sum_over_groups() -> None:
+    size = {"a": {"w8a8": 8, "w4a8": 4}}
+    table = CostTable({"weights": size}, moments={"peak": [Moment("n", 0, size)]})
+    sensitivity = Sensitivity({"a": {"w8a8": 0.0, "w4a8": 0.5}})
+    with pytest.raises(FxmpqError, match="'peak' is a peak, the largest of 1 moments"):
+        flip_curve(sensitivity, table, "peak")
 
 
 def test_the_curve_and_the_search_go_on_from_a_journal(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxmpq.costs.table import CostTable
+from fxmpq.costs.terms import Edge, Moment
 from fxmpq.errors import BudgetError, FxmpqError, InfeasibleBudgetError
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.solver.flip_search import flip_curve, flipped
@@ -248,6 +249,20 @@ def test_bad_requests_are_refused() -> None:
         greedy(sensitivity, table, [Row(size, 4)], solver="scip")
     with pytest.raises(InfeasibleBudgetError, match="no choice is within all limits"):
         greedy(sensitivity, table, [Row(size, 3)])
+
+
+def test_costs_that_are_no_sum_over_groups_have_no_flips() -> None:
+    values = {group: {"w8a8": 0.0, "w4a8": 0.5} for group in "ab"}
+    size: Values = {group: {"w8a8": 8, "w4a8": 4} for group in "ab"}
+    change = {"w8a8": {"w8a8": 0, "w4a8": 1}, "w4a8": {"w8a8": 1, "w4a8": 0}}
+    edges, moments = {"us": [Edge("a", "b", change)]}, {"peak": [Moment("n", 0, size)]}
+    table = CostTable({"us": size, "weights": size}, edges=edges, moments=moments)  # type: ignore[arg-type]
+    for find in (flips, baseline):
+        with pytest.raises(FxmpqError, match="'us' is no sum over groups alone: 1 edges"):
+            find(Sensitivity(values), table, "us")
+        with pytest.raises(FxmpqError, match="'peak' is a peak"):
+            find(Sensitivity(values), table, "peak")
+        assert len(find(Sensitivity(values), table, "weights")) == 2
 
 
 def test_torch_keeps_its_threads() -> None:

@@ -178,7 +178,7 @@ def test_no_time_returns_the_best_choice_and_an_honest_bound() -> None:
 def test_another_number_of_limits_is_refused(count: int) -> None:
     losses, sizes, limit, _ = drawn(3, 0)
     table = CostTable({"bops": sizes})
-    with pytest.raises(FxmpqError, match=rf"exactly one limit, and the budget {count}; .*'ilp'"):
+    with pytest.raises(FxmpqError, match=rf"exactly one limit, and the budget {count}, .*'ilp'"):
         knapsack(Sensitivity(losses), table, [Row(sizes, limit)] * count)
 
 

@@ -13,7 +13,8 @@ from scipy.optimize import linprog
 from fxmpq.costs.table import CostTable
 from fxmpq.errors import BudgetError, FxmpqError, InfeasibleBudgetError
 from fxmpq.sensitivity.sensitivity import Sensitivity
-from fxmpq.solver.lp import ROUNDINGS, lp, lp_shares
+from fxmpq.solver.lp import lp, lp_shares
+from fxmpq.solver.lp_rounding import ROUNDINGS
 from fxmpq.solver.program import Row, Solution, solve_program
 
 NAMES = ("w2a8", "w3a8", "w4a8", "w8a4", "w8a8")

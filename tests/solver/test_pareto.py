@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -11,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxmpq.costs.table import CostTable
+from fxmpq.costs.terms import Edge, Moment
 from fxmpq.errors import BudgetError, FxmpqError, InfeasibleBudgetError
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.solver import lists
 from fxmpq.solver import pareto as module
 from fxmpq.solver.exact import exact, within
 from fxmpq.solver.front import ParetoFront
+from fxmpq.solver.pair_search import find_either
 from fxmpq.solver.pareto import pareto
-from fxmpq.solver.search import find_optimum
 from fxmpq.solver.solve import solve
 
 NAMES = ("w2a8", "w4a8", "w8a8")
@@ -182,9 +184,9 @@ def test_starting_from_the_neighbour_changes_nothing(monkeypatch: pytest.MonkeyP
 
     def cold(*args: Any, start: Any, **kwargs: Any) -> Any:
         starts.append(start)
-        return find_optimum(*args, **kwargs)
+        return find_either(*args, **kwargs)
 
-    monkeypatch.setattr(module, "find_optimum", cold)
+    monkeypatch.setattr(module, "find_either", cold)
     found = pareto(*tables, limits="bops=9000")
     assert found_sums(tables, found) == found_sums(tables, warm)
     # All but the first two programs had a neighbour to begin from.
@@ -209,10 +211,10 @@ def test_time_that_runs_out_is_an_error_and_says_how_far_it_came() -> None:
 
 def test_a_point_that_is_not_proven_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def unproven(*args: Any, **kwargs: Any) -> Any:
-        found = find_optimum(*args, **kwargs)
+        found = find_either(*args, **kwargs)
         return None if found is None else module.replace(found, bound=found.bound - 1)
 
-    monkeypatch.setattr(module, "find_optimum", unproven)
+    monkeypatch.setattr(module, "find_either", unproven)
     with pytest.raises(BudgetError, match="0 points of the front are proven"):
         pareto(*sizes(4))
 
@@ -248,3 +250,71 @@ def test_what_cannot_be_asked_for(options: dict[str, Any], message: str) -> None
 def test_tables_of_different_groups_are_refused() -> None:
     with pytest.raises(FxmpqError, match="cover different groups"):
         pareto(Sensitivity({"x": {"w2a8": 0.0}}), sizes(2)[1])
+
+
+@st.composite
+def tables_with_terms(draw: st.DrawFn) -> Tables:
+    """The same with format changes between groups, and a peak."""
+    sensitivity, costs = draw(tables())
+    groups = list(costs.groups)
+    entry = draw(prices)
+
+    def row(group: str) -> dict[str, Any]:
+        return {name: draw(entry) for name in costs.precisions(group)}
+
+    pairs = list(itertools.permutations(groups, 2))
+    ends = draw(st.lists(st.sampled_from(pairs), max_size=3)) if pairs else []
+    edges = [Edge(a, b, {name: row(b) for name in costs.precisions(a)}) for a, b in ends]
+    moments = [
+        Moment("one", 1, {groups[0]: row(groups[0])}),
+        Moment("all", 0, {g: row(g) for g in groups}),
+    ]
+    return sensitivity, replace(costs, edges={"weights": edges}, moments={"peak": moments})
+
+
+def exact_sums(tables: Tables, choice: dict[str, str]) -> Sums:
+    cost, loss = sums(tables, choice, "weights")
+    edges = tables[1].edges.get("weights", ())
+    return cost + sum((exact(edge.cost(choice)) for edge in edges), Fraction(0)), loss
+
+
+@settings(max_examples=50, deadline=None)
+@given(found=tables_with_terms(), limit=st.none() | st.integers(1, 40))
+def test_fronts_count_format_changes_and_keep_peaks(found: Tables, limit: int | None) -> None:
+    sensitivity, costs = found
+    # Losses that a solver can tell apart; the cost is exact whatever it is.
+    whole = {g: {n: round(v * 8) for n, v in row.items()} for g, row in sensitivity.values.items()}
+    given = (Sensitivity(whole), costs)
+    expected = undominated(
+        exact_sums(given, choice)
+        for choice in choices(given)
+        if limit is None or within(costs.total("peak", choice), limit)
+    )
+    limits = None if limit is None else {"peak": limit}
+    if not expected:
+        with pytest.raises(InfeasibleBudgetError, match=f"peak={limit}: at most {limit}"):
+            pareto(*given, limits=limits)
+        return
+    front = pareto(*given, limits=limits)
+    assert [exact_sums(given, dict(plan.choices)) for plan in front.plans] == expected
+    for plan in front.plans:
+        assert plan.costs["weights"] == costs.total("weights", plan.choices)
+        assert limit is None or within(plan.costs["peak"], limit)
+
+
+def test_a_front_over_a_peak_is_refused_with_the_way_out() -> None:
+    rows = {"a": {"w4a8": 4, "w8a8": 8}}
+    costs = CostTable({"weights": rows}, moments={"peak": [Moment("n", 0, rows)]})
+    sensitivity = Sensitivity({"a": {"w4a8": 1.0, "w8a8": 0.0}})
+    with pytest.raises(BudgetError, match=r"'peak' is a peak, and a front is of sums; .*solve\("):
+        pareto(sensitivity, costs, "peak")
+    assert len(pareto(sensitivity, costs).plans) == 2
+
+
+def test_limits_that_exclude_each_other_leave_no_front() -> None:
+    rows = {"a": {"w4a8": 4, "w8a8": 8}}
+    turned = {"a": {"w4a8": 8, "w8a8": 4}}
+    costs = CostTable({"weights": rows, "bops": turned})
+    sensitivity = Sensitivity({"a": {"w4a8": 1.0, "w8a8": 0.0}})
+    with pytest.raises(InfeasibleBudgetError, match="each limit can be met alone"):
+        pareto(sensitivity, costs, limits="weights=4,bops=4")

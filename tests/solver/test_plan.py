@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -135,3 +136,11 @@ def test_choices_are_a_plans_own_or_bare_ones() -> None:
     assert choices_of(plan, "this") == choices_of({"a": "w4a8"}, "that") == {"a": "w4a8"}
     with pytest.raises(PlanError, match="fingerprint this"):
         choices_of(plan, "that")
+
+
+def test_what_is_no_plan_is_refused_in_few_words() -> None:
+    for wrong in ([torch.ones(9, 9)], torch.ones(9), "plan.json"):
+        with pytest.raises(PlanError, match="behind the graph, in front of any batches") as refused:
+            choices_of(wrong, "this")
+        assert f"found a {type(wrong).__name__}" in str(refused.value)
+        assert len(str(refused.value)) < 200

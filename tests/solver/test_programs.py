@@ -7,11 +7,18 @@ import inspect
 import pytest
 
 from fxmpq.costs.table import CostTable
+from fxmpq.costs.terms import Edge
 from fxmpq.errors import BudgetError, FxmpqError
 from fxmpq.sensitivity.measure import METHODS
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.solver.program import Row
-from fxmpq.solver.programs import PROGRAMS, check_program, program_of
+from fxmpq.solver.programs import (
+    COUNT_EDGES,
+    PROGRAMS,
+    check_counted,
+    check_program,
+    program_of,
+)
 from fxmpq.solver.solve import solve
 
 SENSITIVITY = Sensitivity(
@@ -96,3 +103,15 @@ def test_interactions_count_by_default_where_they_are_known() -> None:
     assert solve(bare, COSTS, {"weights": 100}).program == "ilp"
     assert solve(projected, COSTS, "minimize=weights,loss=1").program == "ilp"
     assert program_of("projected") == "quadratic"
+
+
+def test_limits_with_format_changes_need_a_form_that_counts_them() -> None:
+    """Whatever the limits on other costs are."""
+    change = {"w2a8": {"w2a8": 0, "w8a8": 1}, "w8a8": {"w2a8": 1, "w8a8": 0}}
+    edges = (Edge("a", "b", change),)
+    table = CostTable({"us": COSTS.costs["weights"], **COSTS.costs}, edges={"us": edges})
+    check_counted("ilp", ["us", "weights"], table)
+    check_counted("greedy", ["weights"], table)
+    with pytest.raises(BudgetError, match="'us' counts format changes .* program 'greedy' cannot"):
+        check_counted("greedy", ["weights", "us"], table)
+    assert set(PROGRAMS) > COUNT_EDGES
