@@ -26,9 +26,9 @@ from fxmpq.sensitivity.scores import find_score, is_metric
 from fxmpq.sensitivity.signal import check_base
 from fxmpq.solver.budget import Budget
 from fxmpq.solver.plan import Plan
-from fxmpq.solver.programs import check_program, program_of
+from fxmpq.solver.programs import check_counted, check_program, program_of
 from fxmpq.solver.solve import solve
-from fxmpq.steps import apply, cost, prepare
+from fxmpq.steps import apply, cost, further_of, prepare
 from fxmpq.targets.registry import get_target
 from fxmpq.targets.target import Target
 from fxmpq.training.loss import LossFunction, check_loss, loss_value, on_device
@@ -68,7 +68,8 @@ def quantize(
             mappings of keyword arguments; a few dozen samples, no labels.
         target: A target's name, as `reference` or `onnxruntime`, or a TOML file that describes
             one, as `npu.toml`.
-        budget: As `"weights=15%"`, `"weights=1.5MB,bops=10%"`, `"avg_weight_bits=4.5"`.
+        budget: As `"weights=15%"`, `"weights=1.5MB,bops=10%"`, `"avg_weight_bits=4.5"`; metrics
+            that are measured, as `"latency=60%"`, are measured because it names them.
         candidates: Precisions to choose from, as `["w2a8", "w4a8", "w8a8"]`.
         method: Sensitivity method, a key of `METHODS`; the guide says which to choose.
         program: Form of the bit-width program, a key of `PROGRAMS`; the method's own if `None`.
@@ -106,6 +107,7 @@ def quantize(
     """
     found_target, ties = get_target(target), read_ties(ties)
     wanted_budget = Budget.parse(budget)
+    further = further_of(found_target, wanted_budget.metrics)
     ranges, weight_scales = read_ranges(ranges), read_weight_scales(weight_scales)
     check_method(method, options)
     check_program(program or program_of(method), method=method)
@@ -126,7 +128,9 @@ def quantize(
         ties=ties,
         products=products,
     )
-    costs = cost(prepared, found_target)
+    costs = cost(prepared, found_target, metric=further, progress=progress)
+    if program is not None:
+        check_counted(program, [limit.metric for limit in wanted_budget.limits], costs)
     wanted_budget.check_feasible(costs)
     laps.end("trace")
     calibrated = calibrate(

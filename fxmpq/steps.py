@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import fx
 
 from fxmpq.costs.cost import count
+from fxmpq.costs.further import FURTHER, Subject, check_further, further_metrics, with_further
+from fxmpq.costs.latency.runtime import Run, Runtime
 from fxmpq.costs.table import CostTable
 from fxmpq.errors import TargetError
 from fxmpq.formats import Precision
-from fxmpq.graph.patterns import Ties
+from fxmpq.graph.candidates import read_candidates
+from fxmpq.graph.patterns import Ties, read_exclude
 from fxmpq.graph.prepare import insert_quantizers
 from fxmpq.graph.state import require, require_groups
 from fxmpq.graph.switch import with_choices
@@ -54,26 +57,33 @@ def prepare(
 
     Raises:
         TargetError: If the target is unknown or its packages are missing.
-        PrecisionError: If the target cannot run a precision, or layers that must share one have
-            none in common.
-        PatternError: If a pattern matches no layer, with the closest names, or a tie one only.
+        PrecisionError: If `candidates` is no list, the target cannot run a precision, or layers
+            that must share one have none in common.
+        PatternError: If `exclude` is no list, a pattern matches no layer, with the closest names,
+            or a tie one only.
     """
     found = get_target(target)
-    wanted = None if candidates is None else [Precision.parse(entry) for entry in candidates]
+    wanted = read_candidates(candidates)
     pins = {pattern: Precision.parse(entry) for pattern, entry in (keep or {}).items()}
     return insert_quantizers(
         graph,
         found.rules,
         candidates=wanted,
         keep=pins,
-        exclude=exclude,
+        exclude=read_exclude(exclude),
         ties=ties,
         products=products,
     )
 
 
-def cost(graph: fx.GraphModule, target: str | Path | Target | None = None) -> CostTable:
-    """Count what each group costs at each of its candidates.
+def cost(
+    graph: fx.GraphModule,
+    target: str | Path | Target | None = None,
+    *,
+    metric: str | Iterable[str] | None = None,
+    progress: bool = True,
+) -> CostTable:
+    """Count what each group costs at each of its candidates; measure it, where that is asked for.
 
     Metrics: `weights` (bytes, scales included), `weight_bits` (bits of the codes alone),
     `bops` (bit operations for one sample), `macs` (for one sample), all exact integers; and those
@@ -81,26 +91,80 @@ def cost(graph: fx.GraphModule, target: str | Path | Target | None = None) -> Co
     float, such as fused attention, enter all but the first two as a fixed part. Sample sizes are
     those of the batch the model was traced with.
 
+    `metric="latency"` adds milliseconds of CPU time, measured in the target's runtime on this
+    machine, for one sample of the traced sizes; for two where the trace fixed the batch size.
+    `fxmpq.costs.latency` says what is modelled. It takes minutes the first time; what was measured
+    is kept in `fxmpq.costs.latency.store.cache_folder()`.
+
     Args:
         graph: From `prepare` or later.
         target: The target it was prepared for, whose own metrics are counted too; by default the
             one of the name that the graph remembers.
+        metric: Further metrics, keys of `FURTHER`; none by default.
+        progress: Whether to show progress bars while measuring.
 
     Returns:
         The table, with the float model's totals as denominators for relative budgets.
 
     Raises:
         TargetError: If the target is another one.
-        FxmpqError: If the graph has no groups, or a metric no figure for a candidate.
+        FxmpqError: If the graph has no groups, a metric no figure for a candidate, or the target
+            not the further metric.
+
+    Examples:
+        >>> import torch, fxmpq
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> graph = fxmpq.trace(net, torch.randn(2, 8))
+        >>> table = cost(fxmpq.prepare(graph, "reference", candidates=["w4a8", "w8a8"]))
+        >>> table.cost("weight_bits", "0", "w4a8"), table.float_total["weight_bits"]
+        (128, 1024)
     """
     state = require_groups(graph, stage="prepared")
+    wanted = further_metrics(metric)
     found = get_target(target) if target is not None else TARGETS.get(str(state.target))
     if found is not None and found.name != state.target:
         raise TargetError(
             f"asked for the costs on {found.name!r}, but the graph was prepared for "
             f"{state.target!r}; prepare it for {found.name!r}"
         )
-    return count(graph, {} if found is None else found.metrics)
+    table = count(graph, {} if found is None else found.metrics)
+    if not wanted:
+        return table
+    if found is None:
+        raise TargetError(
+            f"the graph was prepared for {state.target!r}, which a file describes; name the file, "
+            f"as fxmpq.cost(graph, '{state.target}.toml', metric={wanted[0]!r})"
+        )
+    names = further_of(found, wanted)
+    return with_further(
+        table, names, Subject(graph, found.rules, runtime_of(found), progress=progress)
+    )
+
+
+def further_of(target: Target, metrics: Iterable[str]) -> tuple[str, ...]:
+    """Which metrics are further ones, and none of the target's own.
+
+    Args:
+        target: Which runs or describes the models.
+        metrics: Names of any metrics.
+
+    Raises:
+        FxmpqError: If the target does not have one of them.
+    """
+    names = [name for name in metrics if name in FURTHER and name not in target.metrics]
+    check_further(names, target.name, runtime_of(target))
+    return tuple(dict.fromkeys(names))
+
+
+def runtime_of(target: Target) -> Runtime | None:
+    """What runs a target's models on this machine; `None` where they do not run as elsewhere."""
+    if target.latency is None:
+        return None
+
+    def load(graph: fx.GraphModule) -> Run:
+        return target.convert(graph, None).run
+
+    return Runtime(target.name, load, target.latency)
 
 
 def apply(graph: fx.GraphModule, plan: Plan | Mapping[str, str]) -> fx.GraphModule:

@@ -9,6 +9,8 @@ from torch import Tensor, fx, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 import fxmpq
+from fxmpq.costs.table import CostTable
+from fxmpq.costs.terms import Edge
 from fxmpq.errors import BudgetError, CalibrationError, FxmpqError, InfeasibleBudgetError
 from fxmpq.graph.rules import TargetRules
 from fxmpq.graph.state import state_of
@@ -19,6 +21,7 @@ from fxmpq.refinement.methods import METHODS as REFINEMENTS
 from fxmpq.refinement.methods import Method
 from fxmpq.refinement.units import Units
 from fxmpq.targets.registry import get_target
+from fxmpq.targets.target import Converted
 
 CANDIDATES = ["w2a8", "w4a8", "w8a8"]
 
@@ -96,6 +99,7 @@ def test_transformers_models_as_they_are(
         ({"ties": [("fc", "conv[0-9]", "fcc")]}, FxmpqError, "no layer matches 'fcc'"),
         ({"calibration": []}, CalibrationError, "empty"),
         ({"refine": "lihgt"}, FxmpqError, "no refinement 'lihgt'"),
+        ({"budget": "latency=60%"}, FxmpqError, "latency cannot be measured for target 'refer"),
     ],
 )
 def test_unusable_requests_fail_before_calibration(
@@ -324,6 +328,59 @@ def test_a_target_of_ones_own_walks_the_whole_way(
     assert set(result.plan.choices) == {"stem.0", "conv1", "fc"}
     ((one, other),) = state.shared_ranges
     assert ranges_of(result.graph, one) == ranges_of(result.graph, other)
+
+
+def test_a_program_that_counts_no_format_changes_is_refused_before_calibration(
+    conv_net: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_edges(*args: object, **options: object) -> CostTable:
+        table = CostTable({"weights": {g: {"w4a8": 1, "w8a8": 2} for g in ("a", "b")}})
+        change = {name: {"w4a8": 0, "w8a8": 1} for name in ("w4a8", "w8a8")}
+        return replace(table, edges={"weights": [Edge("a", "b", change)]})
+
+    def started(*args: object, **kwargs: object) -> None:
+        raise AssertionError("long work started")
+
+    monkeypatch.setattr("fxmpq.pipeline.cost", with_edges)
+    monkeypatch.setattr("fxmpq.pipeline.calibrate", started)
+    with pytest.raises(BudgetError, match="'weights' counts format changes.*'greedy' cannot"):
+        quantize(conv_net, images, target="reference", budget="weights=9", program="greedy")
+    with pytest.raises(AssertionError, match="long work started"):
+        quantize(conv_net, images, target="reference", budget="weights=9", program="ilp")
+
+
+def test_a_budget_that_names_latency_has_it_measured(
+    conv_net: nn.Module, images: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FXMPQ_CACHE", str(tmp_path))
+
+    def convert(graph: fx.GraphModule, output: Path | None) -> Converted:
+        return Converted("quick", lambda batch: [], graph, (), ())
+
+    quick = replace(get_target("reference"), convert=convert, latency=("torch",))
+    found = quantize(
+        conv_net,
+        images,
+        target=quick,
+        budget="latency=1000,weights=20%",
+        candidates=["w2a8", "w4a8"],
+        progress=False,
+    )
+    assert 0 <= found.plan.costs["latency"] < 1000
+    assert found.costs.float_total["latency"] > 0
+    # Kept on disk, so that another search measures nothing.
+    again = replace(quick, convert=get_target("reference").convert)
+    before = set((tmp_path / "latency").iterdir())
+    smallest = quantize(
+        conv_net,
+        images,
+        target=again,
+        budget="minimize=latency,sqnr=1",
+        candidates=["w2a8", "w4a8"],
+        progress=False,
+    )
+    assert set((tmp_path / "latency").iterdir()) == before
+    assert smallest.costs.costs["latency"] == found.costs.costs["latency"]
 
 
 def ranges_of(graph: fx.GraphModule, name: str) -> dict[str, ActivationRange]:

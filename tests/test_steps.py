@@ -1,16 +1,25 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from fxmpq.costs.figures import KindFigures, MetricFigures
+from fxmpq.costs.table import CostTable
 from fxmpq.errors import FxmpqError, PatternError, PlanError, PrecisionError, TargetError
 from fxmpq.graph.findings import Join
 from fxmpq.graph.state import state_of
+from fxmpq.graph.trace import trace
 from fxmpq.solver.plan import Plan
-from fxmpq.steps import apply, prepare
+from fxmpq.steps import apply, cost, further_of, prepare
+from fxmpq.targets.registry import get_target
+
+TIMES = {"latency": MetricFigures("latency", KindFigures({"w8a8": 1}))}
 
 Planned = Callable[..., fx.GraphModule]
 
@@ -39,6 +48,8 @@ def test_prepare_reads_names(conv_graph: fx.GraphModule, images: list[Tensor]) -
         ({"target": "onnxruntme"}, TargetError, "'onnxruntime'"),
         ({"candidates": ["w9a8"]}, PrecisionError, "9-bit"),
         ({"candidates": ["int8"]}, PrecisionError, "'w4a8'"),
+        ({"candidates": "w4a8"}, PrecisionError, r"a list of precisions, .* write \['w4a8'\]"),
+        ({"exclude": "stem*"}, PatternError, r"exclude is a list of patterns .* 'stem\*' alone"),
         ({"target": "onnxruntime", "candidates": ["w3a8"]}, PrecisionError, r"\[2, 4, 8\]"),
         ({"keep": {"fcc": "w8a8"}}, PatternError, "'fc'"),
         ({"exclude": ["head*"]}, PatternError, "no layer matches 'head"),
@@ -99,3 +110,42 @@ def test_ties_reach_the_groups(conv_graph: fx.GraphModule) -> None:
         ["fc"],
     ]
     assert Join("tied", "conv2", "stem.0") in state.joins
+
+
+def test_latency_is_measured_in_the_runtime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FXMPQ_CACHE", str(tmp_path))
+    graph = prepare(
+        trace(nn.Sequential(nn.Linear(8, 4)), torch.randn(2, 8)), "onnxruntime", candidates=["w8a8"]
+    )
+    table = cost(graph, metric="latency", progress=False)
+    found = [table.cost("latency", "0", "w8a8"), table.float_total["latency"]]
+    found.append(table.total("latency", table.uniform("w8a8")))
+    assert all(math.isfinite(value) and value > 0 for value in found)
+    assert table.metrics[:-1] == cost(graph).metrics
+    # It comes through files, and what is on disk is not measured again.
+    assert CostTable.from_json(table.to_json()) == table
+    assert cost(graph, metric=["latency"], progress=False) == table
+
+
+def test_latency_is_refused_where_it_cannot_be_measured(
+    conv_graph: fx.GraphModule, tmp_path: Path
+) -> None:
+    prepared = prepare(conv_graph, "reference")
+    with pytest.raises(FxmpqError, match="latency cannot be measured for target 'reference'"):
+        cost(prepared, metric="latency")
+    with pytest.raises(FxmpqError, match="no further cost 'weights'"):
+        cost(prepared, metric="weights")
+    file = tmp_path / "npu.toml"
+    file.write_text(
+        'name = "npu"\ndescription = "an NPU"\nbased_on = "onnxruntime"\n'
+        "[operators]\nconv = { weights = [8], activations = [8] }\n"
+    )
+    described = prepare(conv_graph, file, candidates=["w8a8"])
+    with pytest.raises(TargetError, match=r"name the file, as fxmpq.cost\(graph, 'npu.toml', metr"):
+        cost(described, metric="latency")
+    with pytest.raises(FxmpqError, match="latency cannot be measured for target 'npu'"):
+        cost(described, file, metric="latency")
+    assert further_of(replace(get_target("onnxruntime"), metrics=TIMES), ["latency"]) == ()
+    assert further_of(get_target("onnxruntime"), ["weights", "latency"]) == ("latency",)

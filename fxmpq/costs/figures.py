@@ -48,7 +48,8 @@ class MetricFigures:
         sum over its layers and products of (per_layer + macs * per_mac[p])
             + weight bytes(p) * per_weight_byte
 
-    for one sample, with the figures of each one's kind.
+    for one sample, with the figures of each one's kind; a tied weight is read once, by the layer
+    whose kind reads at the highest cost.
 
     Args:
         metric: Its name, as `cycles`.
@@ -81,7 +82,7 @@ class MetricFigures:
         Raises:
             FxmpqError: If it multiplies at a precision without a figure, naming those there are.
         """
-        bytes_by_kind = _weight_bytes_by_kind(group, precision)
+        bytes_by_kind = self._weight_bytes_by_kind(group, precision)
         return math.fsum(
             [
                 *(self._member_cost(member, precision) for member in group.members),
@@ -122,16 +123,17 @@ class MetricFigures:
             )
         return figures.per_layer + member.macs * figures.per_mac[name]
 
-
-def _weight_bytes_by_kind(group: Group, precision: Precision) -> dict[str, int]:
-    """Stored bytes of a group's weights by the kind of the layers; a tied weight counts once."""
-    first: dict[str | None, Layer] = {}
-    for layer in group.layers:
-        first.setdefault(layer.weight, layer)
-    kinds: dict[str, list[Layer]] = {}
-    for layer in first.values():
-        kinds.setdefault(layer.kind, []).append(layer)
-    return {
-        kind: weight_bytes(Group(group.name, tuple(layers), group.candidates), precision)
-        for kind, layers in kinds.items()
-    }
+    def _weight_bytes_by_kind(self, group: Group, precision: Precision) -> dict[str, int]:
+        """Stored bytes of a group's weights by the kind of the layer that reads them."""
+        reader: dict[str, Layer] = {}
+        for layer in group.layers:
+            first = reader.setdefault(layer.weight, layer)
+            if self.of(layer.kind).per_weight_byte > self.of(first.kind).per_weight_byte:
+                reader[layer.weight] = layer
+        kinds: dict[str, list[Layer]] = {}
+        for layer in reader.values():
+            kinds.setdefault(layer.kind, []).append(layer)
+        return {
+            kind: weight_bytes(Group(group.name, tuple(layers), group.candidates), precision)
+            for kind, layers in kinds.items()
+        }

@@ -43,6 +43,17 @@ def test_a_tied_weight_is_read_once_and_each_call_multiplies() -> None:
     assert figures.group_cost(tied, W8A8) == 200 + weight_bytes(group(layer("a")), W8A8)
 
 
+def test_a_tied_weight_is_read_by_the_layer_that_pays_for_it() -> None:
+    figures = MetricFigures(
+        "c", KindFigures({"w8": 0}, per_weight_byte=2), {"embedding": KindFigures()}
+    )
+    look_up, head = layer("a", "embedding", macs=0, weight="w"), layer("b", "linear", weight="w")
+    once = 2 * weight_bytes(group(head), Precision(8))
+    assert figures.group_cost(group(look_up), Precision(8)) == 0
+    for layers in ((look_up, head), (head, look_up), (look_up, head, look_up)):
+        assert figures.group_cost(group(*layers), Precision(8)) == once
+
+
 def test_a_look_up_needs_no_figure_for_products() -> None:
     figures = MetricFigures("cycles", KindFigures(per_layer=7))
     assert figures.group_cost(group(layer("a", "embedding", macs=0)), Precision(8)) == 7

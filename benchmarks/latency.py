@@ -1,0 +1,148 @@
+"""How well measured layers predict whole models: predicted latency against measured.
+
+`fxmpq.cost(graph, metric="latency")` measures layers, neighbours and uniform plans; random plans,
+whose precisions it has never seen together, are then converted and run side by side. CPU time of
+one thread; on a shared machine single numbers are off by several percent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from _models import random_images, random_tokens, resnet18, resnet50, small_bert
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+from torch import fx, nn
+
+import fxmpq
+from fxmpq.costs.latency.timing import ROUNDS, cpu_seconds
+from fxmpq.costs.latency.variants import load_graph
+from fxmpq.graph.batches import Batch
+from fxmpq.steps import runtime_of
+
+MODELS = {"ResNet-18": resnet18, "ResNet-50": resnet50, "MiniLM-L6": small_bert}
+CANDIDATES = {
+    "ResNet-18": ["w4a8", "w8a8", "fp32"],
+    "ResNet-50": ["w4a8", "w8a8", "fp32"],
+    "MiniLM-L6": ["w4a8", "w8a8", "w8", "fp32"],
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A plan's latency, in milliseconds.
+
+    Args:
+        plan: What it is called.
+        predicted: By the cost table.
+        measured: Of the whole model.
+    """
+
+    plan: str
+    predicted: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        """Relative error of the prediction."""
+        return self.predicted / self.measured - 1
+
+
+def inputs(name: str, image: int, tokens: int) -> Batch:
+    """Two samples of what a model takes."""
+    if name == "MiniLM-L6":
+        (batch,) = random_tokens(2, seed=1, length=tokens)
+        return batch
+    (batch,) = random_images(2, seed=1, size=image)
+    return batch
+
+
+def random_plans(costs: fxmpq.CostTable, count: int, seed: int) -> dict[str, Mapping[str, str]]:
+    """Different plans whose groups draw precisions, in shares that each plan draws for itself."""
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, Mapping[str, str]] = {}
+    while len(found) < count:
+        names = sorted({name for group in costs.groups for name in costs.precisions(group)})
+        weights = -torch.rand(len(names), generator=generator).log()
+        share = dict(zip(names, weights.tolist(), strict=True))
+        plan = {}
+        for group in costs.groups:
+            legal = costs.precisions(group)
+            drawn = torch.tensor([share[name] for name in legal])
+            index = int(torch.multinomial(drawn, 1, generator=generator))
+            plan[group] = legal[index]
+        if plan not in found.values():
+            found[f"random {len(found)}"] = plan
+    return found
+
+
+def rows_of(
+    graph: fx.GraphModule, batch: Batch, target: str, plans: int, rounds: int
+) -> tuple[list[Row], float]:
+    """Predicted and measured latency of each plan; and the seconds that costs took."""
+    start = time.perf_counter()
+    costs = fxmpq.cost(graph, metric="latency")
+    spent = time.perf_counter() - start
+    names = dict.fromkeys(n for group in costs.groups for n in costs.precisions(group))
+    asked: dict[str, Mapping[str, str]] = {name: costs.uniform(name) for name in names}
+    asked |= random_plans(costs, plans, seed=0)
+    calibrated = fxmpq.calibrate(graph, [batch], progress=False)
+    runtime = runtime_of(fxmpq.TARGETS[target])
+    assert runtime is not None
+    choices = [tuple(plan[group] for group in costs.groups) for plan in asked.values()]
+    times = cpu_seconds(load_graph(calibrated, choices, runtime), rounds=rounds)
+    rows = [
+        Row(name, costs.total("latency", plan), 1000 * seconds)
+        for (name, plan), seconds in zip(asked.items(), times, strict=True)
+    ]
+    return rows, spent
+
+
+def show(console: Console, title: str, rows: list[Row], spent: float) -> None:
+    """Print a table."""
+    table = Table(title=title)
+    for name in ("plan", "predicted, ms", "measured, ms", "error"):
+        table.add_column(name, justify="left" if name == "plan" else "right")
+    for row in rows:
+        cells = (f"{row.predicted:.2f}", f"{row.measured:.2f}", f"{100 * row.error:+.1f} %")
+        table.add_row(row.plan, *cells)
+    console.print(table)
+    drawn = [row for row in rows if row.plan.startswith("random")]
+    rank = spearmanr([r.predicted for r in drawn], [r.measured for r in drawn]).statistic
+    worst = max(abs(row.error) for row in rows)
+    console.print(
+        f"largest error {100 * worst:.1f} %; Spearman over {len(drawn)} random plans {rank:.3f}; "
+        f"costs took {spent:.0f} s\n"
+    )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--targets", nargs="+", default=["onnxruntime", "openvino"])
+    parser.add_argument("--candidates", nargs="+", help="precisions; by default a few per model")
+    parser.add_argument("--image", type=int, default=224, help="pixels a side")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--plans", type=int, default=10, help="random plans")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="runs of each whole model")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    console = Console()
+    for name in options.models:
+        batch = inputs(name, options.image, options.tokens)
+        model: nn.Module = MODELS[name]()
+        for target in options.targets:
+            candidates = options.candidates or CANDIDATES[name]
+            graph = fxmpq.prepare(fxmpq.trace(model, batch), target, candidates=candidates)
+            rows, spent = rows_of(graph, batch, target, options.plans, options.rounds)
+            show(console, f"{name}, {target}", rows, spent)
+
+
+if __name__ == "__main__":
+    main()

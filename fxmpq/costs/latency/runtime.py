@@ -1,0 +1,57 @@
+"""What runs converted models on this machine, and what decides how fast."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from fxmpq.graph.batches import Batch
+
+Run = Callable[[Batch], object]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What makes runnable models of planned graphs.
+
+    Args:
+        name: The target's name.
+        load: Takes a planned graph and returns what runs a batch.
+        packages: Distributions whose versions decide how fast models run.
+    """
+
+    name: str
+    load: Callable[[fx.GraphModule], Run]
+    packages: tuple[str, ...]
+
+    def conditions(self) -> Mapping[str, str | int]:
+        """All that decides how fast a model runs besides the model.
+
+        Returns:
+            The target's name, the versions of its packages and of torch, the name of
+            the CPU and the number of threads.
+        """
+        packages = dict.fromkeys([*self.packages, "torch"])
+        return {
+            "target": self.name,
+            "packages": ", ".join(f"{name} {version(name)}" for name in packages),
+            "cpu": cpu_name(),
+            "threads": torch.get_num_threads(),
+        }
+
+
+def cpu_name(table: Path = Path("/proc/cpuinfo")) -> str:
+    """The name of this machine's CPU, as its maker calls it where the system tells.
+
+    Args:
+        table: Where Linux tells it.
+    """
+    lines = table.read_text(errors="replace").splitlines() if table.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

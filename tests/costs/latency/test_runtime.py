@@ -1,0 +1,30 @@
+"""What decides how fast models run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fxmpq.costs.latency.runtime import Runtime, cpu_name
+from fxmpq.report.latency import use_threads
+
+
+def test_the_cpu_has_its_makers_name(tmp_path: Path) -> None:
+    table = tmp_path / "cpuinfo"
+    table.write_text("processor\t: 0\nmodel name\t: Fast 3000: X\nmodel name\t: other\n")
+    assert cpu_name(table) == "Fast 3000: X"
+    table.write_text("processor\t: 0\n")
+    assert cpu_name(table) == cpu_name(tmp_path / "missing") != ""
+
+
+def test_conditions_name_versions_and_threads() -> None:
+    runtime = Runtime("some", lambda graph: print, ("onnxruntime",))
+    with use_threads(1):
+        one = runtime.conditions()
+    with use_threads(2):
+        two = runtime.conditions()
+    assert (one["threads"], two["threads"]) == (1, 2)
+    assert {**one, "threads": 2} == two
+    assert f"torch {torch.__version__.partition('+')[0]}" in str(one["packages"])
+    assert "onnxruntime 1" in str(one["packages"])
