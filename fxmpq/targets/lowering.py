@@ -73,7 +73,12 @@ def store_tensor(graph: fx.GraphModule, name: str, tensor: Tensor, before: fx.No
 
 def _holds(graph: fx.GraphModule, name: str, tensor: Tensor) -> bool:
     found = getattr(graph, name, None)
-    return isinstance(found, Tensor) and found.dtype is tensor.dtype and torch.equal(found, tensor)
+    if not isinstance(found, Tensor) or found.dtype is not tensor.dtype:
+        return False
+    if tensor.dtype.itemsize == 1:
+        # Small floats are not compared on every device; their bits are.
+        found, tensor = found.view(torch.uint8), tensor.view(torch.uint8)
+    return torch.equal(found, tensor)
 
 
 def _bake_bias(graph: fx.GraphModule, node: fx.Node, correction: BiasCorrection) -> None:

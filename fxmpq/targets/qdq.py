@@ -6,6 +6,8 @@ moves the quantization into them. The graph runs in PyTorch, so it can be checke
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, fx
 
@@ -72,34 +74,75 @@ def to_qdq(graph: fx.GraphModule, narrow: frozenset[int] = frozenset()) -> fx.Gr
     Returns:
         A graph without modules; weight codes are `int8` buffers.
     """
-    rewritten = lower(graph)
-    nodes = {node.name: node for node in rewritten.graph.nodes}
-    for index, name in enumerate(active_quantizers(graph)):
-        node = nodes[name]
-        quantizer = quantizer_of(rewritten, node)
-        assert isinstance(quantizer, ActivationQuantizer)
-        assert quantizer.active is not None
-        found = quantizer.ranges[quantizer.active.name]
-        grid = (found.scale, found.zero_point, quantizer.active.bits, index)
-        with rewritten.graph.inserting_before(node):
-            rounded = rewritten.graph.call_function(
-                torch.ops.fxmpq.fake_quantize.default, (node.args[0], *grid)
-            )
-        _put_instead(rewritten, node, rounded)
-    for index, (layer, precision) in enumerate(layers_of(graph)):
-        node = nodes[layer.node]
-        weight = argument(node, OPERATORS[node.target].weight)
-        quantizer = quantizer_of(rewritten, weight)
-        if not isinstance(quantizer, WeightQuantizer):
-            continue
+
+    def store(
+        rewritten: fx.GraphModule,
+        node: fx.Node,
+        place: tuple[Layer, Precision],
+        quantizer: WeightQuantizer,
+        index: int,
+    ) -> None:
+        layer, precision = place
         if layer.kind == "embedding":
             _look_up(rewritten, node, quantizer, index)
-            continue
+            return
         reads_narrow = layer.kind == "linear" and precision.activation is None
         is_widened = not (reads_narrow and precision.weight_bits in narrow)
         _store_weight(rewritten, node, quantizer, index, is_widened=is_widened)
+
+    return rewrite_quantizers(graph, _round, store)
+
+
+RoundActivation = Callable[[fx.GraphModule, fx.Node, ActivationQuantizer, int], None]
+"""Called with the graph, a quantizer's call, its module and its number; takes the call's place."""
+
+StoreWeight = Callable[
+    [fx.GraphModule, fx.Node, tuple[Layer, Precision], WeightQuantizer, int], None
+]
+"""Called with the graph, a layer's node, the layer with its precision, the quantizer of its weight
+and the layer's number; has the node read stored codes, or takes its place."""
+
+
+def rewrite_quantizers(
+    graph: fx.GraphModule, round_activation: RoundActivation, store_weight: StoreWeight
+) -> fx.GraphModule:
+    """Rewrite a planned graph's quantizers, each kind in one way.
+
+    Args:
+        graph: With chosen precisions; not changed.
+        round_activation: Rewrites the call of an activation quantizer.
+        store_weight: Rewrites a layer whose weight is quantized.
+
+    Returns:
+        A lowered copy, without what no node reads any more.
+    """
+    rewritten = lower(graph)
+    nodes = {node.name: node for node in rewritten.graph.nodes}
+    for index, name in enumerate(active_quantizers(graph)):
+        quantizer = quantizer_of(rewritten, nodes[name])
+        assert isinstance(quantizer, ActivationQuantizer)
+        round_activation(rewritten, nodes[name], quantizer, index)
+    for index, place in enumerate(layers_of(graph)):
+        node = nodes[place[0].node]
+        weight = quantizer_of(rewritten, argument(node, OPERATORS[node.target].weight))
+        if isinstance(weight, WeightQuantizer):
+            store_weight(rewritten, node, place, weight, index)
     finish(rewritten)
     return rewritten
+
+
+def _round(
+    graph: fx.GraphModule, node: fx.Node, quantizer: ActivationQuantizer, index: int
+) -> None:
+    """Replace a quantizer by `fake_quantize`."""
+    assert quantizer.active is not None
+    found = quantizer.ranges[quantizer.active.name]
+    grid = (found.scale, found.zero_point, quantizer.active.bits, index)
+    with graph.graph.inserting_before(node):
+        rounded = graph.graph.call_function(
+            torch.ops.fxmpq.fake_quantize.default, (node.args[0], *grid)
+        )
+    put_instead(graph, node, rounded)
 
 
 def active_quantizers(graph: fx.GraphModule) -> list[str]:
@@ -122,6 +165,34 @@ def layers_of(graph: fx.GraphModule) -> list[tuple[Layer, Precision]]:
     ]
 
 
+def computed_by(graph: fx.GraphModule) -> dict[str, str]:
+    """The last layer before each activation quantizer of a planned graph.
+
+    Args:
+        graph: With chosen precisions.
+
+    Returns:
+        Layer name by the name of the quantizer's node, in graph order; without quantizers that no
+        layer comes before.
+    """
+    names = {layer.node: layer.name for layer, _ in layers_of(graph)}
+    order = {node: position for position, node in enumerate(graph.graph.nodes)}
+    nodes = {node.name: node for node in order}
+    found: dict[str, str] = {}
+    for quantizer in active_quantizers(graph):
+        waiting, seen, layers = [nodes[quantizer]], set[fx.Node](), list[fx.Node]()
+        while waiting:
+            for source in waiting.pop().all_input_nodes:
+                if source.name in names:
+                    layers.append(source)
+                elif source not in seen:
+                    seen.add(source)
+                    waiting.append(source)
+        if layers:
+            found[quantizer] = names[max(layers, key=order.__getitem__).name]
+    return found
+
+
 def _store_weight(
     graph: fx.GraphModule,
     node: fx.Node,
@@ -131,7 +202,7 @@ def _store_weight(
     is_widened: bool,
 ) -> None:
     """Let a layer read real numbers that are computed from stored codes."""
-    codes, scale, found = _stored(graph, quantizer)
+    codes, scale, found = stored_codes(graph, quantizer)
     shape = codes.shape
     is_blocked = isinstance(found.granularity, PerBlock)
     if is_blocked:
@@ -161,7 +232,7 @@ def _store_weight(
 
 def _look_up(graph: fx.GraphModule, node: fx.Node, quantizer: WeightQuantizer, index: int) -> None:
     """Replace an embedding by look-ups of codes and scales, so that no float table is made."""
-    codes, scale, found = _stored(graph, quantizer)
+    codes, scale, found = stored_codes(graph, quantizer)
     width, indices = codes.shape[1], node.args[1]
     is_blocked, is_shared = (isinstance(found.granularity, k) for k in (PerBlock, PerTensor))
     if is_blocked:
@@ -184,13 +255,18 @@ def _look_up(graph: fx.GraphModule, node: fx.Node, quantizer: WeightQuantizer, i
         if is_blocked:
             rows = call(aten.flatten.using_ints, (rows, -2, -1))
             rows = call(aten.slice.Tensor, (rows, -1, 0, width))
-    _put_instead(graph, node, rows)
+    put_instead(graph, node, rows)
 
 
-def _stored(
+def stored_codes(
     graph: fx.GraphModule, quantizer: WeightQuantizer
 ) -> tuple[Tensor, Tensor, NumberFormat]:
-    """A weight's codes in its shape, its scales, and its format."""
+    """A weight's codes in its shape, its scales, and its format.
+
+    Args:
+        graph: Whose weight it is.
+        quantizer: Of the weight, with an active format.
+    """
     assert quantizer.active is not None
     codes = quantizer.codes(get_tensor(graph, quantizer.name).detach(), quantizer.active)
     return codes, quantizer.scale(quantizer.active), quantizer.active
@@ -205,6 +281,7 @@ def _cast(graph: fx.GraphModule, codes: fx.Node) -> fx.Node:
     return graph.graph.call_function(aten._to_copy.default, (codes,), {"dtype": torch.float32})
 
 
-def _put_instead(graph: fx.GraphModule, node: fx.Node, other: fx.Node) -> None:
+def put_instead(graph: fx.GraphModule, node: fx.Node, other: fx.Node) -> None:
+    """Let all readers of a node read another one, and drop it."""
     node.replace_all_uses_with(other)
     graph.graph.erase_node(node)

@@ -8,26 +8,24 @@ from torch import Tensor, fx, nn
 
 from fxmpq.formats import NumberFormat, Precision
 from fxmpq.graph.run import run_batch
-from fxmpq.graph.state import require
+from fxmpq.graph.state import Layer, require
 from fxmpq.graph.switch import with_choices
 from fxmpq.graph.trace import trace
+from fxmpq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 from fxmpq.targets import qdq
-from fxmpq.targets.qdq import active_quantizers, layers_of, to_qdq
+from fxmpq.targets.qdq import (
+    active_quantizers,
+    layers_of,
+    put_instead,
+    rewrite_quantizers,
+    stored_codes,
+    to_qdq,
+)
 from fxmpq.targets.target import agreement_db
 
 Made = Callable[..., fx.GraphModule]
 
 WIDTHS = [Precision(bits, 8) for bits in (2, 3, 4, 6, 8)]
-
-
-def mixed(graph: fx.GraphModule) -> fx.GraphModule:
-    """Gives the groups their candidates in turn."""
-    groups = require(graph, stage="calibrated").groups
-    choices = {
-        group.name: str(group.candidates[index % len(group.candidates)])
-        for index, group in enumerate(groups)
-    }
-    return with_choices(graph, choices)
 
 
 def agreement(graph: fx.GraphModule, batch: object, **options: frozenset[int]) -> float:
@@ -44,11 +42,14 @@ def calls(graph: fx.GraphModule, operator: str) -> list[fx.Node]:
 
 
 @pytest.fixture(scope="module")
-def planned(calibrated: Made, conv_graph: fx.GraphModule, images: list[Tensor]) -> fx.GraphModule:
-    return mixed(calibrated(conv_graph, images, candidates=WIDTHS))
+def planned(
+    calibrated: Made, in_turn: Made, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> fx.GraphModule:
+    return in_turn(calibrated(conv_graph, images, candidates=WIDTHS))
 
 
 def test_it_computes_what_the_simulation_does(
+    in_turn: Made,
     planned: fx.GraphModule,
     calibrated: Made,
     images: list[Tensor],
@@ -56,7 +57,7 @@ def test_it_computes_what_the_simulation_does(
     token_batches: list[dict[str, Tensor]],
 ) -> None:
     assert agreement(planned, images[1]) > 120
-    bert = mixed(calibrated(bert_graph, token_batches, candidates=WIDTHS))
+    bert = in_turn(calibrated(bert_graph, token_batches, candidates=WIDTHS))
     assert agreement(bert, token_batches[1]) > 120
 
 
@@ -143,3 +144,35 @@ def test_operators_are_as_they_say(name: str) -> None:
         "stored_numbers": (codes, 4, 0),
     }
     torch.library.opcheck(getattr(qdq, name), arguments[name])
+
+
+def test_each_kind_of_quantizer_is_rewritten_in_ones_own_way(
+    planned: fx.GraphModule, images: list[Tensor]
+) -> None:
+    """Rounding left out, and weights as the simulation has them: activations are float then."""
+    seen: list[str] = []
+
+    def leave_out(
+        graph: fx.GraphModule, node: fx.Node, quantizer: ActivationQuantizer, index: int
+    ) -> None:
+        assert active_quantizers(planned)[index] == node.name
+        seen.append(quantizer.name)
+        put_instead(graph, node, node.args[0])
+
+    def store(
+        graph: fx.GraphModule,
+        node: fx.Node,
+        place: tuple[Layer, Precision],
+        quantizer: WeightQuantizer,
+        index: int,
+    ) -> None:
+        assert layers_of(planned)[index] == place
+        codes, scale, number_format = stored_codes(graph, quantizer)
+        assert number_format == place[1].weight
+        assert codes.shape == place[0].weight_shape
+        assert scale.shape == codes.shape[:1]
+        seen.append(place[0].name)
+
+    found = rewrite_quantizers(planned, leave_out, store)
+    assert len(seen) == len(active_quantizers(planned)) + len(layers_of(planned))
+    assert 5 < agreement_db(run_batch(planned, images[1]), run_batch(found, images[1])) < 100

@@ -105,7 +105,7 @@ def _target(found: TargetFile, known: Mapping[str, Target]) -> Target:
                 "name the metric otherwise"
             )
         _check_figures(metric, rules)
-    return replace(base, rules=rules, description=found.description, metrics=metrics)
+    return replace(base, rules=rules, description=found.description, metrics=metrics, latency=None)
 
 
 def _check_converter(kind: str, rule: OperatorRule, base: Target) -> None:
@@ -122,6 +122,7 @@ def _check_converter(kind: str, rule: OperatorRule, base: Target) -> None:
         and rule.activation_bits <= legal.activation_bits
         and rule.floats <= legal.floats
         and rule.granularities <= legal.granularities
+        and rule.dynamic <= legal.dynamic
         and not (blocks and not (rule.block_sizes and rule.block_sizes <= legal.block_sizes))
     )
     if not fits:
@@ -140,11 +141,18 @@ def _rules(found: TargetFile, base: TargetRules) -> TargetRules:
         "default_candidates": _default_candidates(found, operators, base),
         # Of what is inherited, what no operator of the file is about falls away.
         "quantize_outputs_of": base.quantize_outputs_of & {*operators, *MEETINGS},
+        "symmetric_inputs_of": base.symmetric_inputs_of & {*operators, *MEETINGS},
+        "quantize_residuals_of": base.quantize_residuals_of & {*operators},
     }
     for key in ("fusions", "joins"):
         if getattr(found, key) is not None:
             changes[key] = getattr(found, key)
-    for key in ("quantize_outputs_of", "shared_ranges"):
+    for key in (
+        "quantize_outputs_of",
+        "shared_ranges",
+        "symmetric_inputs_of",
+        "quantize_residuals_of",
+    ):
         if getattr(found, key) is not None:
             changes[key] = frozenset(getattr(found, key))
     if found.through is not None:
@@ -157,7 +165,14 @@ def _rules(found: TargetFile, base: TargetRules) -> TargetRules:
 def _operator(kind: str, found: TargetFile, base: TargetRules) -> OperatorRule:
     """A rule of the file, with what only the base's converter knows of the kind."""
     rule, legal = found.operators[kind].rule(kind), base.operators.get(kind)
-    return replace(rule, blocks_are_weight_only=legal is not None and legal.blocks_are_weight_only)
+    if legal is None:
+        return rule
+    return replace(
+        rule,
+        blocks_are_weight_only=legal.blocks_are_weight_only,
+        blocks_are_whole=legal.blocks_are_whole,
+        only=legal.only,
+    )
 
 
 def _default_candidates(

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from fxmpq.costs.figures import KindFigures, MetricFigures
 from fxmpq.errors import FxmpqError, closest
 from fxmpq.formats import Precision, Scheme
-from fxmpq.granularity import Granularity, PerBlock, PerChannel, PerTensor
+from fxmpq.granularity import Dynamic, Granularity, PerBlock, PerChannel, PerTensor
 from fxmpq.graph.operators import KINDS
 from fxmpq.graph.products import PRODUCT
 from fxmpq.graph.rules import OperatorRule
@@ -37,7 +37,7 @@ def _read_precision(text: str) -> str:
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]*$")]
 Kind = Annotated[str, AfterValidator(_check_kind)]
 PrecisionName = Annotated[str, AfterValidator(_read_precision)]
-Width = Annotated[int, Field(ge=2, le=16)]
+Width = Annotated[int, Field(ge=2, le=16, strict=True)]
 Cost = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _SCALARS = frozenset({"per_layer", "per_weight_byte"})
@@ -60,13 +60,16 @@ class Operator(_Section):
         floats: Small floats of weights and activations.
         scales: How many weights may share a scale: `tensor`, `channel`, `block`.
         block_sizes: Sizes of blocks; any if empty.
+        dynamic: What ranges of integer activations that are found at every run cover: `tensor`,
+            `row` of its last dimension.
     """
 
     weights: tuple[Width, ...] = ()
     activations: tuple[Width | Literal["float"], ...] = ("float",)
     floats: tuple[FloatName, ...] = ()
     scales: tuple[Literal["tensor", "channel", "block"], ...] = ("channel",)
-    block_sizes: tuple[Annotated[int, Field(ge=2)], ...] = ()
+    block_sizes: tuple[Annotated[int, Field(ge=2, strict=True)], ...] = ()
+    dynamic: tuple[Literal["tensor", "row"], ...] = ()
 
     def rule(self, kind: str) -> OperatorRule:
         """As a rule; a product of two activations (`matmul`) has no weights."""
@@ -77,6 +80,7 @@ class Operator(_Section):
             frozenset(Scheme(name) for name in self.floats),
             frozenset(GRANULARITIES[name] for name in shared),
             frozenset(self.block_sizes),
+            dynamic=frozenset(Dynamic[name.upper()] for name in self.dynamic),
         )
 
 
@@ -147,6 +151,8 @@ class TargetFile(_Section):
         quantize_outputs_of: Operators whose output is stored quantized.
         shared_ranges: Operators whose stored tensors have one range.
         through: Operators that a quantizer moves up past.
+        symmetric_inputs_of: Operators that read signed codes without zero points.
+        quantize_residuals_of: Layers whose fused `add` reads its other operand quantized.
         metrics: Figures by the name of the metric.
     """
 
@@ -160,4 +166,6 @@ class TargetFile(_Section):
     quantize_outputs_of: tuple[str, ...] | None = None
     shared_ranges: tuple[str, ...] | None = None
     through: tuple[str, ...] | None = None
+    symmetric_inputs_of: tuple[str, ...] | None = None
+    quantize_residuals_of: tuple[str, ...] | None = None
     metrics: dict[Name, Metric] = Field(default_factory=dict)

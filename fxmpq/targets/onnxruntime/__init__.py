@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from fxmpq.formats import Precision
-from fxmpq.granularity import PerBlock, PerChannel
+from fxmpq.granularity import Dynamic, PerBlock, PerChannel
 from fxmpq.graph.rules import OperatorRule, TargetRules
 from fxmpq.targets.target import Converted, Target
 
@@ -20,13 +20,14 @@ _BLOCKS = frozenset({16, 32, 64, 128, 256})
 _RULES = TargetRules(
     name="onnxruntime",
     operators={
-        "conv": OperatorRule(_WEIGHTS, frozenset({8})),
+        "conv": OperatorRule(_WEIGHTS, frozenset({8, None})),
         "linear": OperatorRule(
             _WEIGHTS,
             frozenset({8, None}),
             granularities=_GRANULARITIES,
             block_sizes=_BLOCKS,
             blocks_are_weight_only=True,
+            dynamic=frozenset({Dynamic.TENSOR}),
         ),
         "embedding": OperatorRule(
             _WEIGHTS, frozenset({None}), granularities=_GRANULARITIES, block_sizes=_BLOCKS
@@ -59,4 +60,5 @@ ONNXRUNTIME = Target(
     convert=_convert,
     description="an ONNX file on ONNX Runtime's int8 CPU kernels; weights stored in 8, 4, 2 bits",
     packages={"onnx": "onnxruntime", "onnxscript": "onnxruntime", "onnxruntime": "onnxruntime"},
+    latency=("onnxruntime",),
 )

@@ -114,7 +114,8 @@ class ExecutedKernels:
         """The executed node that computes what a written one does, and maybe what follows it."""
         value = str(node.output[0])
         for _ in range(_FUSED_AT_MOST):
-            found = self._writers.get(value)
+            # A convolution in blocks of channels is named after the result that it stands for.
+            found = self._writers.get(value) or self._named.get(f"{value}_nchwc")
             while found is not None and found.op_type in _MOVES_DATA:
                 found = self._writers.get(found.input[0])
             if found is not None:

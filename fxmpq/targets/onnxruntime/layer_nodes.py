@@ -40,6 +40,10 @@ class WrittenModel:
             if all(name in self._constants for name in node.input):
                 self._constants.update(node.output)
 
+    def made_by(self, operator: str) -> set[str]:
+        """The values that nodes of an operator compute."""
+        return {name for node in self._nodes if node.op_type == operator for name in node.output}
+
     def readers(self, value: str) -> list[onnx.NodeProto]:
         """The nodes that read a value, in order."""
         return [self._nodes[position] for position in self._readers.get(value, [])]

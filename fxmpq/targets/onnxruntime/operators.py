@@ -9,8 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxmpq.formats import NumberFormat, Scheme
+from fxmpq.granularity import Dynamic
+from fxmpq.quantizers.dynamic import dynamic_grid
 from fxmpq.quantizers.integer import per_channel
 from fxmpq.targets.onnxruntime.blocks import dequantize_rows
+
+_DYNAMIC = NumberFormat(8, Scheme.AFFINE, dynamic=Dynamic.TENSOR)
 
 
 @torch.library.custom_op("fxmpq::quantize", mutates_args=())
@@ -35,6 +40,31 @@ def _(codes: Tensor, scale: float, zero_point: int) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
 
 
+@torch.library.custom_op("fxmpq::dynamic_quantize", mutates_args=())
+def dynamic_quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`uint8` codes of a tensor on the grid of its own values, with its scale and zero point."""
+    scale, zero_point = dynamic_grid(x, _DYNAMIC)
+    codes = (torch.round(x / scale) + zero_point).clamp(0, 255).to(torch.uint8)
+    return codes, scale, zero_point.to(torch.uint8)
+
+
+@dynamic_quantize.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scale = x.new_empty(())
+    return torch.empty_like(x, dtype=torch.uint8), scale, scale.to(torch.uint8)
+
+
+@torch.library.custom_op("fxmpq::dynamic_dequantize", mutates_args=())
+def dynamic_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """`scale * (codes - zero_point)` in `float32`, on a grid that was found at run time."""
+    return (codes.float() - zero_point) * scale
+
+
+@dynamic_dequantize.register_fake
+def _(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
 @torch.library.custom_op("fxmpq::dequantize_channels", mutates_args=())
 def dequantize_channels(codes: Tensor, scale: Tensor, axis: int = 0) -> Tensor:
     """`scale_c * codes_c` along a dimension, for stored weights and biases."""
@@ -46,19 +76,36 @@ def _(codes: Tensor, scale: Tensor, axis: int = 0) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
 
 
+def _linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return (x @ codes.double().T * per_channel(scale, x.dim(), -1) + bias.double()).float()
+
+
 @torch.library.custom_op("fxmpq::integer_linear", mutates_args=())
 def integer_linear(
     x: Tensor, scale: float, zero_point: int, codes: Tensor, weight_scale: Tensor, bias: Tensor
 ) -> Tensor:
     """A linear layer on `uint8` input and `int8` weights `[out, in]`, with float output."""
-    products = (x.double() - zero_point) @ codes.double().T
-    rescale = per_channel(weight_scale.double() * scale, x.dim(), -1)
-    return (products * rescale + bias.double()).float()
+    return _linear(x.double() - zero_point, codes, weight_scale.double() * scale, bias)
 
 
 @integer_linear.register_fake
 def _(
     x: Tensor, scale: float, zero_point: int, codes: Tensor, weight_scale: Tensor, bias: Tensor
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("fxmpq::dynamic_linear", mutates_args=())
+def dynamic_linear(
+    x: Tensor, scale: Tensor, zero_point: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor
+) -> Tensor:
+    """`integer_linear` on codes whose grid was found at run time."""
+    return _linear(x.double() - zero_point, codes, weight_scale.double() * scale.double(), bias)
+
+
+@dynamic_linear.register_fake
+def _(
+    x: Tensor, scale: Tensor, zero_point: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]), dtype=torch.float32)
 

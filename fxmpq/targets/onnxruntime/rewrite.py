@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from operator import getitem
+
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from fxmpq.granularity import PerBlock
 from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.operators import OPERATORS, argument
 from fxmpq.graph.rules import TargetRules
 from fxmpq.graph.state import state_of
-from fxmpq.quantizers.codes import nearest_codes
-from fxmpq.quantizers.integer import per_channel
 from fxmpq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 from fxmpq.quantizers.ranges import ActivationRange
 from fxmpq.targets.lowering import finish, lower, quantizer_of, store_tensor
 from fxmpq.targets.onnxruntime import operators  # noqa: F401  (registers torch.ops.fxmpq)
+from fxmpq.targets.onnxruntime.layer_operands import bias_of, stored_weight, weight_codes
 from fxmpq.targets.onnxruntime.rewrite_blocks import rewrite_in_blocks
 from fxmpq.targets.onnxruntime.rewrite_products import products_of, rewrite_products
+
+_OPS = torch.ops.fxmpq
 
 _LARGEST_BIAS = 2**30
 """Half of what an `int32` accumulator holds; the products take the rest."""
@@ -32,13 +36,14 @@ within an `int16`, in which CPUs without VNNI instructions add them."""
 def to_integer_operators(graph: fx.GraphModule, rules: TargetRules) -> fx.GraphModule:
     """Replace quantizers and quantized layers by operators on integer codes.
 
-    A linear layer becomes `integer_linear`, or `block_linear` where only its weights are
+    A linear layer becomes `integer_linear`, or `dynamic_linear` where its input's range is found
+    at every run (once for all layers that read it), or `block_linear` where only its weights are
     quantized; an embedding becomes `integer_embedding`, or `block_embedding` where its scales are
     per block or its weight is also one of a `block_linear`; a product of two activations becomes
-    `integer_product`. A convolution
-    stays and reads dequantized codes on every side, which the runtime fuses. Behind an
-    operator that commutes with quantization (max pooling) the same quantization is written
-    again, so that the runtime sees codes on both sides of it.
+    `integer_product`. A convolution stays and reads dequantized codes on every side, which the
+    runtime fuses; on float input only its weights are dequantized. Behind an operator that commutes
+    with quantization (max pooling) the same quantization is written again, so that the runtime
+    sees codes on both sides of it.
 
     Args:
         graph: With chosen precisions; not changed.
@@ -52,14 +57,22 @@ def to_integer_operators(graph: fx.GraphModule, rules: TargetRules) -> fx.GraphM
     rewritten = lower(graph)
     # Readers of quantized tensors, by the node whose value is back in real numbers.
     codes_of: dict[fx.Node, tuple[fx.Node, ActivationRange]] = {}
+    dynamic: dict[object, tuple[fx.Node, ...]] = {}
     for node in list(rewritten.graph.nodes):
         quantizer = quantizer_of(rewritten, node)
         if isinstance(quantizer, ActivationQuantizer) and quantizer.active is not None:
+            if quantizer.active.dynamic is not None:
+                operands = _found_at_run_time(rewritten, node)
+                dynamic[_dequantize_instead(rewritten, node, operands)] = operands
+                continue
             found = quantizer.ranges[quantizer.active.name]
             _insert_round_trip(rewritten, node, node.args[0], found, codes_of)
             rewritten.graph.erase_node(node)
         elif node.target in rules.through and node.args[0] in codes_of:
             _insert_round_trip(rewritten, node, node, codes_of[node.args[0]][1], codes_of)
+        elif node.target in rules.through and node.args[0] in dynamic:
+            operands = _moved_codes(rewritten, node, dynamic[node.args[0]])
+            dynamic[_dequantize_instead(rewritten, node, operands)] = operands
     packed = _packed_weights(graph)
     for node in list(rewritten.graph.nodes):
         operator = OPERATORS.get(node.target)
@@ -68,6 +81,9 @@ def to_integer_operators(graph: fx.GraphModule, rules: TargetRules) -> fx.GraphM
             continue
         if quantizer.name in packed:
             rewrite_in_blocks(rewritten, node, quantizer)
+        elif operator.kind == "linear" and node.args[0] in dynamic:
+            linear = _OPS.dynamic_linear.default
+            _put_linear(rewritten, node, quantizer, linear, dynamic[node.args[0]])
         else:
             _REWRITES[operator.kind](rewritten, node, quantizer, codes_of)
     rewrite_products(rewritten, products_of(graph), codes_of)
@@ -112,41 +128,33 @@ def _insert_round_trip(
     codes_of[real] = (codes, found)
 
 
-def _stored_weight(
-    graph: fx.GraphModule,
-    node: fx.Node,
-    quantizer: WeightQuantizer,
-    codes: Tensor,
-    scale: Tensor,
-    factor: int = 1,
-) -> tuple[fx.Node, fx.Node]:
-    """Nodes that read a weight's codes, multiplied by `factor`, and the scales that go with it."""
-    assert quantizer.active is not None
-    width = f"{quantizer.active.bits}bit" + ("" if factor == 1 else str(factor))
-    stored = store_tensor(graph, f"codes_{width}_{quantizer.name}", codes * factor, node)
-    return stored, store_tensor(graph, f"scale_{quantizer.name}", scale, node)
+def _found_at_run_time(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, ...]:
+    """Codes, scale and zero point of what a quantizer reads, on the grid of each run."""
+    call = graph.graph.call_function
+    with graph.graph.inserting_before(node):
+        found = call(_OPS.dynamic_quantize.default, (node.args[0],))
+        return tuple(call(getitem, (found, index)) for index in range(3))
 
 
-def _codes(
-    graph: fx.GraphModule, quantizer: WeightQuantizer, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """A weight's codes and scales: its own, or the codes for another scale."""
-    assert quantizer.active is not None
-    weight = get_tensor(graph, quantizer.name).detach()
-    if scale is None:
-        return quantizer.codes(weight, quantizer.active), quantizer.scale(quantizer.active)
-    # Rounding the quantized weight finds its own codes again wherever the scale is unchanged.
-    rounded = quantizer.quantize(weight, quantizer.active)
-    spread = per_channel(scale, weight.dim(), quantizer.axis)
-    return nearest_codes(rounded, spread, quantizer.active), scale
+def _moved_codes(
+    graph: fx.GraphModule, node: fx.Node, operands: tuple[fx.Node, ...]
+) -> tuple[fx.Node, ...]:
+    """The same behind an operator that commutes with quantization."""
+    assert callable(node.target)
+    with graph.graph.inserting_before(node):
+        args = (operands[0], *node.args[1:])
+        return graph.graph.call_function(node.target, args, node.kwargs), *operands[1:]
 
 
-def _bias_of(graph: fx.GraphModule, node: fx.Node) -> Tensor | None:
-    """A call's stored bias; `None` if it has none or computes it."""
-    source = argument(node, OPERATORS[node.target].bias)
-    if not isinstance(source, fx.Node) or source.op != "get_attr":
-        return None
-    return get_tensor(graph, str(source.target))
+def _dequantize_instead(
+    graph: fx.GraphModule, node: fx.Node, operands: tuple[fx.Node, ...]
+) -> fx.Node:
+    """Put real numbers in a node's place, made of codes on the grid of each run."""
+    with graph.graph.inserting_before(node):
+        real = graph.graph.call_function(_OPS.dynamic_dequantize.default, operands)
+    node.replace_all_uses_with(real)
+    graph.graph.erase_node(node)
+    return real
 
 
 def _rewrite_conv(
@@ -155,21 +163,24 @@ def _rewrite_conv(
     quantizer: WeightQuantizer,
     codes_of: dict[fx.Node, tuple[fx.Node, ActivationRange]],
 ) -> None:
-    bias, source = _bias_of(graph, node), node.args[0]
+    bias, source = bias_of(graph, node), node.args[0]
     input_codes = codes_of.get(source) if isinstance(source, fx.Node) else None
-    codes, scale = _codes(graph, quantizer)
+    if input_codes is None:
+        _rewrite_stored(graph, node, quantizer, codes_of)
+        return
+    codes, scale = weight_codes(graph, quantizer)
     factor = 1
-    if bias is not None and input_codes is not None:
+    if bias is not None:
         assert quantizer.active is not None
         finest = 1 << max(_FINE_BITS - quantizer.active.bits, 0)
         factor, coarse = _units_that_hold(bias, codes, scale, input_codes[1].scale, finest)
-        codes, scale = _codes(graph, quantizer, coarse)
+        codes, scale = weight_codes(graph, quantizer, coarse)
         scale = scale / factor
     dequantize = torch.ops.fxmpq.dequantize_channels.default
-    stored = _stored_weight(graph, node, quantizer, codes, scale, factor)
+    stored = stored_weight(graph, node, quantizer, codes, scale, factor)
     with graph.graph.inserting_before(node):
         node.update_arg(1, graph.graph.call_function(dequantize, stored))
-    if bias is None or input_codes is None:
+    if bias is None:
         return
     # The integer kernel adds the bias to its accumulator, so it is stored in its units.
     step = scale.double() * input_codes[1].scale
@@ -219,21 +230,29 @@ def _rewrite_linear(
 ) -> None:
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    input_codes, found = codes_of[source]
-    codes, scale = _codes(graph, quantizer)
-    stored = _stored_weight(graph, node, quantizer, codes, scale)
+    codes, found = codes_of[source]
+    operands = (codes, found.scale, found.zero_point)
+    _put_linear(graph, node, quantizer, _OPS.integer_linear.default, operands)
+
+
+def _put_linear(
+    graph: fx.GraphModule,
+    node: fx.Node,
+    quantizer: WeightQuantizer,
+    linear: OpOverload,
+    operands: tuple[fx.node.Argument, ...],
+) -> None:
+    """Replace a layer by an operator on its input's codes, with their scale and zero point."""
+    stored = stored_weight(graph, node, quantizer, *weight_codes(graph, quantizer))
     bias = argument(node, OPERATORS[node.target].bias)
     if not isinstance(bias, fx.Node) or bias.op == "get_attr":
-        found_bias = _bias_of(graph, node)
+        found_bias = bias_of(graph, node)
         zeros = torch.zeros(len(get_tensor(graph, quantizer.name)))
         values = zeros if found_bias is None else found_bias
         bias = store_tensor(graph, f"bias_{quantizer.name}.{node.name}", values, node)
     with graph.graph.inserting_before(node):
-        linear = graph.graph.call_function(
-            torch.ops.fxmpq.integer_linear.default,
-            (input_codes, found.scale, found.zero_point, *stored, bias),
-        )
-    node.replace_all_uses_with(linear)
+        result = graph.graph.call_function(linear, (*operands, *stored, bias))
+    node.replace_all_uses_with(result)
     graph.graph.erase_node(node)
 
 
@@ -243,7 +262,7 @@ def _rewrite_embedding(
     quantizer: WeightQuantizer,
     codes_of: dict[fx.Node, tuple[fx.Node, ActivationRange]],
 ) -> None:
-    stored = _stored_weight(graph, node, quantizer, *_codes(graph, quantizer))
+    stored = stored_weight(graph, node, quantizer, *weight_codes(graph, quantizer))
     with graph.graph.inserting_before(node):
         rows = graph.graph.call_function(
             torch.ops.fxmpq.integer_embedding.default, (node.args[1], *stored)
@@ -259,7 +278,7 @@ def _rewrite_stored(
     codes_of: dict[fx.Node, tuple[fx.Node, ActivationRange]],
 ) -> None:
     """Let an operator without an integer kernel read a weight that is stored as codes."""
-    stored = _stored_weight(graph, node, quantizer, *_codes(graph, quantizer))
+    stored = stored_weight(graph, node, quantizer, *weight_codes(graph, quantizer))
     dequantize = torch.ops.fxmpq.dequantize_channels.default
     with graph.graph.inserting_before(node):
         real = graph.graph.call_function(dequantize, (*stored, quantizer.axis))

@@ -20,12 +20,15 @@ class OnnxModel:
     Args:
         model: The serialized model.
         threads: Threads inside an operator; 0 leaves it to the runtime.
+        optimized: Whether the runtime fuses operators, as it does; else it runs each as written.
     """
 
-    def __init__(self, model: bytes, threads: int = 0) -> None:
+    def __init__(self, model: bytes, threads: int = 0, *, optimized: bool = True) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        if not optimized:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         handle, name = tempfile.mkstemp(suffix=".onnx")
         os.close(handle)
         written = Path(name)

@@ -6,9 +6,6 @@ import onnx_ir as ir
 
 from fxmpq.targets.onnxruntime.integer_constants import integer_constant
 
-_INTEGER_KERNELS = frozenset({"Conv"})
-"""Operators that the runtime runs on integers if their weights are dequantized by an operator."""
-
 
 def dequantize_when_loaded(model: ir.Model) -> None:
     """Write a stored weight's dequantization as a cast and a product, in place.
@@ -24,7 +21,7 @@ def dequantize_when_loaded(model: ir.Model) -> None:
         if node.op_type != "DequantizeLinear" or node.domain or not _is_weight(node):
             continue
         result = node.outputs[0]
-        if any(user.op_type in _INTEGER_KERNELS for user, _ in result.uses()):
+        if any(_is_integer(user) for user, _ in result.uses()):
             continue
         codes, scale = node.inputs[0], node.inputs[1]
         assert codes is not None
@@ -40,6 +37,15 @@ def dequantize_when_loaded(model: ir.Model) -> None:
         model.graph.insert_before(node, [spread, cast, product])
         model.graph.remove(node, safe=True)
         real.name = name
+
+
+def _is_integer(node: ir.Node) -> bool:
+    """Whether the runtime runs an operator on integers, if its weight is in codes as well."""
+    source = node.inputs[0]
+    producer = None if source is None else source.producer()
+    return (
+        node.op_type == "Conv" and producer is not None and producer.op_type == "DequantizeLinear"
+    )
 
 
 def _is_weight(node: ir.Node) -> bool:

@@ -87,6 +87,16 @@ def _dequantize(codes: UINT8, scale: float, zero_point: int) -> FLOAT:
     return result
 
 
+def _dynamic_quantize(x: FLOAT) -> tuple[UINT8, FLOAT, UINT8]:
+    codes, scale, zero_point = op.DynamicQuantizeLinear(x)
+    return codes, scale, zero_point
+
+
+def _dynamic_dequantize(codes: UINT8, scale: FLOAT, zero_point: UINT8) -> FLOAT:
+    result: FLOAT = op.DequantizeLinear(codes, scale, zero_point)
+    return result
+
+
 def _dequantize_channels(codes: INT8, scale: FLOAT, axis: int = 0) -> FLOAT:
     result: FLOAT = op.DequantizeLinear(codes, scale, axis=axis)
     return result
@@ -95,9 +105,15 @@ def _dequantize_channels(codes: INT8, scale: FLOAT, axis: int = 0) -> FLOAT:
 def _integer_linear(
     x: UINT8, scale: float, zero_point: int, codes: INT8, weight_scale: FLOAT, bias: FLOAT
 ) -> FLOAT:
+    return _dynamic_linear(x, _float(scale), _uint8(zero_point), codes, weight_scale, bias)
+
+
+def _dynamic_linear(
+    x: UINT8, scale: FLOAT, zero_point: UINT8, codes: INT8, weight_scale: FLOAT, bias: FLOAT
+) -> FLOAT:
     # Weights are symmetric; the operator still wants their zero point to reach the bias.
     zero = op.Constant(value=onnx.helper.make_tensor("zero", onnx.TensorProto.INT8, [], [0]))
-    result: FLOAT = _MATMUL(x, codes, _float(scale), weight_scale, _uint8(zero_point), zero, bias)
+    result: FLOAT = _MATMUL(x, codes, scale, weight_scale, zero_point, zero, bias)
     return result
 
 
@@ -201,7 +217,10 @@ TRANSLATIONS: Mapping[Callable[..., object], Callable[..., object]] = {
     torch.ops.fxmpq.quantize.default: _quantize,
     torch.ops.fxmpq.dequantize.default: _dequantize,
     torch.ops.fxmpq.dequantize_channels.default: _dequantize_channels,
+    torch.ops.fxmpq.dynamic_quantize.default: _dynamic_quantize,
+    torch.ops.fxmpq.dynamic_dequantize.default: _dynamic_dequantize,
     torch.ops.fxmpq.integer_linear.default: _integer_linear,
+    torch.ops.fxmpq.dynamic_linear.default: _dynamic_linear,
     torch.ops.fxmpq.integer_product.default: _integer_product,
     torch.ops.fxmpq.integer_embedding.default: _integer_embedding,
     torch.ops.fxmpq.block_linear.default: _block_linear,

@@ -28,7 +28,11 @@ _OPERATORS = {
     "embedding": OperatorRule(
         _WEIGHTS, frozenset({None}), granularities=frozenset({PerTensor, PerChannel, PerBlock})
     ),
+    "matmul": OperatorRule(frozenset(), frozenset({8}), granularities=frozenset()),
 }
+_VIEWS = frozenset(
+    {aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default}
+)
 
 
 def _target(name: str, float_type: str, description: str) -> Target:
@@ -48,6 +52,11 @@ def _target(name: str, float_type: str, description: str) -> Target:
         # Each operand of an add has a scale of its own.
         joins=("shared_weight", "shared_input"),
         through=frozenset({aten.max_pool2d.default}),
+        # Products are multiplied in int8 if their operands are signed codes, or unsigned ones that
+        # begin at zero. In front of what splits heads the layer before writes them.
+        symmetric_inputs_of=frozenset({"matmul"}),
+        unsigned_outputs_of=frozenset({"softmax", "_safe_softmax"}),
+        product_through=_VIEWS,
     )
 
     def convert(graph: fx.GraphModule, output: Path | None) -> Converted:
@@ -56,7 +65,8 @@ def _target(name: str, float_type: str, description: str) -> Target:
 
         return convert_openvino(graph, output, name, float_type)
 
-    return Target(rules, convert, description, packages={"openvino": "openvino"})
+    packages = {"openvino": "openvino"}
+    return Target(rules, convert, description, packages, latency=("openvino",))
 
 
 OPENVINO = _target(

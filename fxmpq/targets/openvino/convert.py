@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, fx
 
 from fxmpq.graph.batches import Batch, flat_inputs
+from fxmpq.graph.products import product_operands
 from fxmpq.graph.state import state_of
 from fxmpq.targets.openvino.compiled import DEVICE, OpenvinoModel, compile_options
 from fxmpq.targets.openvino.exposure import ExposedModel
-from fxmpq.targets.openvino.kernels import Kernels, name_layers
+from fxmpq.targets.openvino.kernels import Kernels, Operands, name_layers, name_products
 from fxmpq.targets.openvino.translate import openvino_model
 from fxmpq.targets.outcome import layer_reports
 from fxmpq.targets.program import rewritten_program
-from fxmpq.targets.qdq import layers_of, to_qdq
+from fxmpq.targets.qdq import active_quantizers, layers_of, to_qdq
 from fxmpq.targets.target import Converted, LayerValue
 
 _READ_NARROW = frozenset({2, 4, 8})
@@ -52,6 +53,7 @@ def convert_openvino(
     options = compile_options(float_type)
     model = openvino_model(rewritten_program(to_qdq(graph, _READ_NARROW)))
     name_layers(model, [layer for layer, _ in layers_of(graph)])
+    name_products(model, _products(graph))
     model.set_rt_info(options[_STORABLE_OPTION], ["runtime_options", _STORABLE_OPTION])
     files = () if output is None else _write(model, options, output)
     threads = torch.get_num_threads()
@@ -71,6 +73,33 @@ def convert_openvino(
     kernels = Kernels(loaded.compiled.get_runtime_model())
     reports = layer_reports(graph, kernels.of_quantized, kernels.of_float)
     return Converted(name, run, loaded, files, reports, layer_values=layer_values)
+
+
+def _products(graph: fx.GraphModule) -> list[tuple[str, Operands]]:
+    """The products that a plan quantizes, with the indices of their operands' quantizers."""
+    indices = {name: index for index, name in enumerate(active_quantizers(graph))}
+    nodes = {node.name: node for node in graph.graph.nodes}
+    order = {name: position for position, name in enumerate(nodes)}
+    state = state_of(graph)
+    found = [
+        product
+        for group in state.groups
+        if group.candidate(state.choices[group.name]).activation is not None
+        for product in group.products
+    ]
+    named = []
+    for product in sorted(found, key=lambda entry: order[entry.node]):
+        left, right = (_quantizer(node, indices) for node in product_operands(nodes[product.node]))
+        named.append((product.name, (left, right)))
+    return named
+
+
+def _quantizer(node: fx.Node, indices: Mapping[str, int]) -> int:
+    """The quantizer of an operand, past what only rearranges it."""
+    while node.name not in indices:
+        assert isinstance(node.args[0], fx.Node)
+        node = node.args[0]
+    return indices[node.name]
 
 
 def _write(model: ov.Model, options: Mapping[str, str], output: Path) -> tuple[Path, ...]:

@@ -11,7 +11,7 @@ from torch import fx
 from fxmpq.graph.batches import Batch, flat_inputs
 from fxmpq.targets.openvino.compiled import OpenvinoModel
 from fxmpq.targets.openvino.translate import quantization_name
-from fxmpq.targets.qdq import active_quantizers, layers_of
+from fxmpq.targets.qdq import active_quantizers, computed_by
 from fxmpq.targets.target import LayerValue
 
 
@@ -50,31 +50,3 @@ class ExposedModel:
             LayerValue(layer, quantizer, value)
             for (quantizer, layer), value in zip(self._shown.items(), values, strict=True)
         ]
-
-
-def computed_by(graph: fx.GraphModule) -> dict[str, str]:
-    """The last layer before each activation quantizer of a planned graph.
-
-    Args:
-        graph: With chosen precisions.
-
-    Returns:
-        Layer name by the name of the quantizer's node, in graph order; without quantizers that no
-        layer comes before.
-    """
-    names = {layer.node: layer.name for layer, _ in layers_of(graph)}
-    order = {node: position for position, node in enumerate(graph.graph.nodes)}
-    nodes = {node.name: node for node in order}
-    found: dict[str, str] = {}
-    for quantizer in active_quantizers(graph):
-        waiting, seen, layers = [nodes[quantizer]], set[fx.Node](), list[fx.Node]()
-        while waiting:
-            for source in waiting.pop().all_input_nodes:
-                if source.name in names:
-                    layers.append(source)
-                elif source not in seen:
-                    seen.add(source)
-                    waiting.append(source)
-        if layers:
-            found[quantizer] = names[max(layers, key=order.__getitem__).name]
-    return found

@@ -9,8 +9,8 @@ from dataclasses import InitVar, dataclass, field
 import openvino as ov
 
 from fxmpq.formats import Precision
-from fxmpq.graph.state import Layer, Member
-from fxmpq.targets.openvino.translate import codes_name
+from fxmpq.graph.state import Layer, Member, Product
+from fxmpq.targets.openvino.translate import codes_name, quantization_name
 
 _LAYERS = frozenset(
     {
@@ -22,8 +22,14 @@ _LAYERS = frozenset(
         "Gather",
     }
 )
-_EXECUTED = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul", "Gather"})
+_EXECUTED = frozenset(
+    {"Convolution", "Deconvolution", "FullyConnected", "MatMul", "Gather", "Subgraph"}
+)
+_REARRANGES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Broadcast"})
 _CODES = frozenset({"i8", "u8", "i4", "u4", "u2"})
+
+Operands = tuple[int, int]
+"""Indices of the quantizations of what a product multiplies."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,32 @@ def name_layers(model: ov.Model, layers: Sequence[Layer]) -> None:
                 _name(layer, name)
 
 
+def name_products(model: ov.Model, products: Sequence[tuple[str, Operands]]) -> None:
+    """Give the operations that multiply activations the products' names, in place.
+
+    A product is found by the quantizations of its operands.
+
+    Args:
+        model: From `openvino_model`.
+        products: Names, and the indices of both operands' quantizations, in graph order.
+    """
+    left = list(products)
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MatMul":
+            continue
+        operands = [_quantization(value.get_node()) for value in node.input_values()]
+        for product in left:
+            if operands == [quantization_name(index) for index in product[1]]:
+                name = _readable(product[0])
+                node.set_friendly_name(name)
+                readers = _readers(node)
+                if len(readers) == 1 and _takes_constant(readers[0], "Multiply"):
+                    # What scales a product by a number may give the kernel its name.
+                    readers[0].set_friendly_name(f"{name}/scaled")
+                left.remove(product)
+                break
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The kernels that the runtime chose.
@@ -96,7 +128,7 @@ class Kernels:
 
     def of_quantized(self, layer: Member, precision: Precision) -> tuple[str, str]:
         """A quantized layer's kernel, and why it differs from what was asked where it does."""
-        found = self._found.get(_readable(layer.name), [])
+        found = self._of(layer)
         if not found:
             return "unknown", "the graph that the runtime executes does not show it"
         if precision.activation is not None:
@@ -108,7 +140,13 @@ class Kernels:
 
     def of_float(self, layer: Member) -> str:
         """The kernel of a layer that stays float; `float` where it is not known."""
-        return _text(self._found.get(_readable(layer.name), [])) or "float"
+        return _text(self._of(layer)) or "float"
+
+    def _of(self, member: Member) -> list[_Kernel]:
+        """What computes a layer, or a product: fused attention is only a product's."""
+        found = self._found.get(_readable(member.name), [])
+        is_product = isinstance(member, Product)
+        return [kernel for kernel in found if is_product or kernel.kind != "Subgraph"]
 
 
 def _text(kernels: Sequence[_Kernel]) -> str:
@@ -124,7 +162,7 @@ def _name(layer: ov.Node, name: str) -> None:
     """Name a layer, and what adds its bias."""
     layer.set_friendly_name(name)
     readers = _readers(layer)
-    if len(readers) == 1 and _adds_constant(readers[0]):
+    if len(readers) == 1 and _takes_constant(readers[0], "Add"):
         readers[0].set_friendly_name(f"{name}/bias")
 
 
@@ -139,10 +177,17 @@ def _reached(constant: ov.Node) -> Iterator[ov.Node]:
                 waiting.append(reader)
 
 
+def _quantization(node: ov.Node) -> str | None:
+    """The name of the operation that quantizes a value, past what only rearranges it."""
+    while node.get_type_name() in _REARRANGES:
+        node = node.input_value(0).get_node()
+    return str(node.get_friendly_name()) if node.get_type_name() == "FakeQuantize" else None
+
+
 def _readers(node: ov.Node) -> list[ov.Node]:
     return [target.get_node() for output in node.outputs() for target in output.get_target_inputs()]
 
 
-def _adds_constant(node: ov.Node) -> bool:
+def _takes_constant(node: ov.Node, kind: str) -> bool:
     kinds = [value.get_node().get_type_name() for value in node.input_values()]
-    return bool(node.get_type_name() == "Add" and "Constant" in kinds)
+    return bool(node.get_type_name() == kind and "Constant" in kinds)

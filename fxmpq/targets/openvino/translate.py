@@ -86,7 +86,8 @@ def quantization_name(index: int) -> str:
 def _flat_graph(program: ExportedProgram) -> fx.GraphModule:
     """Decompose what OpenVINO has no operator for; keep tensors only among inputs and outputs."""
     table = default_decompositions()
-    for operator in set(ops_to_not_decompose()) & set(table):
+    # Taken apart to batches of matrices, a product is no more found by what fuses attention.
+    for operator in {*ops_to_not_decompose(), aten.matmul.default} & set(table):
         del table[operator]
     graph = program.run_decompositions(table).module(check_guards=False)
     assert isinstance(graph, fx.GraphModule)
@@ -192,6 +193,11 @@ def _stored_numbers(context: NodeContext) -> list[ov.Output]:
     return list(real.outputs())
 
 
+def _product(context: NodeContext) -> list[ov.Output]:
+    left, right = (context.get_input(position) for position in range(2))
+    return list(opset13.matmul(left, right, transpose_a=False, transpose_b=False).outputs())
+
+
 def _stored_codes(context: NodeContext) -> tuple[ov.Node, int]:
     """A constant of codes in their width, and what was added to make them unsigned."""
     codes = context.get_input(0).get_node().data
@@ -212,4 +218,5 @@ TRANSLATIONS: Mapping[str, Callable[[NodeContext], list[ov.Output]]] = {
     "fxmpq.fake_quantize.default": _fake_quantize,
     "fxmpq.widened_codes.default": _widened_codes,
     "fxmpq.stored_numbers.default": _stored_numbers,
+    "aten.matmul.default": _product,
 }

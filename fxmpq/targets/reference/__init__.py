@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fxmpq.formats import Precision, Scheme
-from fxmpq.granularity import PerBlock, PerChannel, PerTensor
+from fxmpq.granularity import Dynamic, PerBlock, PerChannel, PerTensor
 from fxmpq.graph.rules import OperatorRule, TargetRules
 from fxmpq.targets.reference.convert import convert_reference
 from fxmpq.targets.target import Target
@@ -19,7 +19,9 @@ REFERENCE = Target(
         operators={
             "conv": OperatorRule(_WEIGHTS, _ACTIVATIONS, _FLOATS, _GRANULARITIES),
             "conv_transpose": OperatorRule(_WEIGHTS, _ACTIVATIONS, _FLOATS, _GRANULARITIES),
-            "linear": OperatorRule(_WEIGHTS, _ACTIVATIONS, _FLOATS, _GRANULARITIES),
+            "linear": OperatorRule(
+                _WEIGHTS, _ACTIVATIONS, _FLOATS, _GRANULARITIES, dynamic=frozenset(Dynamic)
+            ),
             "experts": OperatorRule(_WEIGHTS, _ACTIVATIONS, _FLOATS, _GRANULARITIES),
             "embedding": OperatorRule(_WEIGHTS, frozenset({None}), _FLOATS, _GRANULARITIES),
             "matmul": OperatorRule(frozenset(), _ACTIVATIONS - {None}, _FLOATS, frozenset()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,13 +13,14 @@ from torch import Tensor, fx, nn
 from fxmpq.formats import NumberFormat, Precision
 from fxmpq.granularity import PerBlock
 from fxmpq.graph.attributes import get_tensor
-from fxmpq.graph.batches import Batch, flat_inputs
+from fxmpq.graph.batches import Batch
 from fxmpq.graph.run import run_batch
 from fxmpq.graph.state import Member, state_of
 from fxmpq.quantizers.codes import dequantize
 from fxmpq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 from fxmpq.quantizers.packing import pack_codes, unpack_codes
 from fxmpq.quantizers.scales import pack_scale, spread_scale, unpack_scale
+from fxmpq.targets.layer_outputs import LayerOutputs
 from fxmpq.targets.lowering import finish, lower, quantizer_of
 from fxmpq.targets.outcome import layer_reports
 from fxmpq.targets.target import Converted, LayerValue
@@ -75,7 +76,7 @@ def convert_reference(graph: fx.GraphModule, output: Path | None) -> Converted:
     The result computes exactly what the simulation computes. With `output`, a folder, it
     writes `model.safetensors` (codes as `uint8` bytes, scales, and all float tensors) and
     `model.json` (per weight: format, bits, shape, channel axis, block size, how scales are
-    stored; per activation: format, bits, scale, zero point).
+    stored; per activation: format, bits, scale and zero point, `null` where its range is dynamic).
 
     Args:
         graph: With chosen precisions; not changed.
@@ -97,32 +98,11 @@ def convert_reference(graph: fx.GraphModule, output: Path | None) -> Converted:
         return [leaf for leaf in run_batch(converted, batch) if isinstance(leaf, Tensor)]
 
     def layer_values(batch: Batch) -> Sequence[LayerValue]:
-        return _LayerOutputs(converted, layers).collect(batch)
+        return LayerOutputs(converted, layers).collect(batch)
 
     layers = {member.node: member.name for g in state_of(graph).groups for member in g.members}
     reports = layer_reports(graph, _kernel)
     return Converted("reference", run, converted, files, reports, layer_values=layer_values)
-
-
-class _LayerOutputs(fx.Interpreter):
-    """Runs a converted graph, whose nodes are named as in the planned one, and keeps outputs."""
-
-    def __init__(self, graph: fx.GraphModule, layers: Mapping[str, str]) -> None:
-        super().__init__(graph)
-        self._graph, self._layers = graph, layers
-        self._found: list[LayerValue] = []
-
-    def run_node(self, n: fx.Node) -> object:
-        result = super().run_node(n)
-        if n.name in self._layers and isinstance(result, Tensor):
-            self._found.append(LayerValue(self._layers[n.name], n.name, result))
-        return result
-
-    def collect(self, batch: Batch) -> list[LayerValue]:
-        """What each layer computes on a batch."""
-        with torch.no_grad():
-            self.run(*flat_inputs(self._graph, batch), enable_io_processing=False)
-        return self._found
 
 
 def _pack(
@@ -163,8 +143,7 @@ def _write(
             "format": module.active.name,
             "numbers": module.active.scheme.value,
             "bits": module.active.bits,
-            "scale": module.ranges[module.active.name].scale,
-            "zero_point": module.ranges[module.active.name].zero_point,
+            **_grid(module, module.active),
         }
         for module in graph.modules()
         if isinstance(module, ActivationQuantizer) and module.active is not None
@@ -184,6 +163,14 @@ def _write(
     temporary.replace(tensor_file)
     manifest_file.write_text(json.dumps(manifest, indent=1, allow_nan=False))
     return (tensor_file, manifest_file)
+
+
+def _grid(quantizer: ActivationQuantizer, active: NumberFormat) -> dict[str, object]:
+    """The scale and zero point of an activation; `None` where each run finds its own."""
+    if active.dynamic is not None:
+        return {"scale": None, "zero_point": None}
+    found = quantizer.ranges[active.name]
+    return {"scale": found.scale, "zero_point": found.zero_point}
 
 
 def _kernel(member: Member, precision: Precision) -> tuple[str, str]:

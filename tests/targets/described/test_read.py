@@ -72,8 +72,12 @@ def test_what_is_said_holds(tmp_path: Path) -> None:
     quantize_outputs_of = ["conv", "add"]
     shared_ranges = ["add"]
     through = ["max_pool2d"]
+    symmetric_inputs_of = ["conv", "add"]
+    quantize_residuals_of = ["conv"]
     """
     rules = read(tmp_path, SMALLEST + text).rules
+    assert rules.quantize_residuals_of == {"conv"}
+    assert rules.symmetric_inputs_of == {"conv", "add"}
     assert rules.fusions == (("conv", "relu"),)
     assert rules.joins == ("shared_weight", "shared_input", "added")
     assert rules.quantize_outputs_of == {"conv", "add"}
@@ -89,6 +93,7 @@ def test_what_is_said_holds(tmp_path: Path) -> None:
         (SMALLEST + "joins = ['adds']", "joins by 'adds'; there are 'added'"),
         (SMALLEST + "fusions = [['conv', 'rleu']]", "fuses 'rleu', which is neither"),
         (SMALLEST + "through = ['max_pol2d']", "through names 'max_pol2d'"),
+        (SMALLEST + "symmetric_inputs_of = ['experts']", "symmetric inputs of 'experts', which is"),
         (SMALLEST + "through = ['name']", "through names 'name', which is no ATen operator"),
         (
             SMALLEST + "based_on = 'onnxruntime'\nthrough = ['relu']",
@@ -106,6 +111,9 @@ def test_what_is_said_holds(tmp_path: Path) -> None:
         (SMALLEST.replace("npu", "reference"), "'reference' is taken"),
         (SMALLEST.replace("conv", "convolution"), "no kind of operator 'convolution'"),
         (SMALLEST.replace("[4, 8]", "[4, 80]"), "operators.conv.weights"),
+        (SMALLEST.replace("[4, 8]", "[4, 8.0]"), "input should be a valid integer; found 8.0"),
+        (SMALLEST.replace("s = [8]}", "s = [8.0]}"), "input should be a valid integer; found 8.0"),
+        (SMALLEST.replace("[8]}", "[8], block_sizes = [32.0]}"), "integer; found 32.0"),
         (SMALLEST.replace("weights = [4, 8], ", ""), "operators.conv has neither weights nor"),
         (SMALLEST.replace('"w8a8"', '"w8x8"'), "cannot read the precision 'w8x8'"),
         (SMALLEST.replace('"w8a8"', '"w2a8"'), "cannot run w2a8"),
@@ -121,6 +129,10 @@ def test_what_is_said_holds(tmp_path: Path) -> None:
         (
             SMALLEST.replace("[4, 8]", "[3, 8]") + "based_on = 'onnxruntime'",
             "based on 'onnxruntime', which runs weights",
+        ),
+        (
+            SMALLEST.replace("weights = [4, 8]", "dynamic = ['tensor'], weights = [4, 8]"),
+            "operators.conv asks for weights [4, 8], activations [8], dynamic ['d']",
         ),
     ],
 )
@@ -219,3 +231,23 @@ def test_a_described_target_may_quantize_products(
     assert [group.candidates for group in groups] == [(Precision(None, 8),)] * 4
     with pytest.raises(PrecisionError, match="'npu' has no quantized product"):
         fxmpq.prepare(bert_graph, read(tmp_path, SMALLEST), products=True)
+
+
+def test_a_file_based_on_tensorrt_keeps_what_its_converter_asks_for(tmp_path: Path) -> None:
+    text = """
+    name = "jetson"
+    description = "an example"
+    based_on = "tensorrt"
+    [operators.linear]
+    weights = [4, 8]
+    activations = [8, "float"]
+    scales = ["channel", "block"]
+    block_sizes = [64]
+    """
+    rules = read(tmp_path, text).rules
+    assert rules.symmetric_inputs_of == {"linear", "add"}
+    assert rules.quantize_residuals_of == frozenset()
+    names = ["w8a8", "w8", "w4a8", "w4b64", "w4b128", "w4b64a8"]
+    linear = rules.operators["linear"]
+    assert [name for name in names if linear.runs(Precision.parse(name))] == ["w8a8", "w4b64"]
+    assert linear.blocks_are_whole

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from fxmpq.formats import Scheme
-from fxmpq.granularity import PerBlock, PerChannel
+from fxmpq.formats import Precision, Scheme
+from fxmpq.granularity import Dynamic, PerBlock, PerChannel
 from fxmpq.graph.rules import OperatorRule
 from fxmpq.targets.described.schema import Metric, Operator
 
@@ -19,6 +19,13 @@ def test_an_operator_becomes_a_rule() -> None:
         frozenset({Scheme.E4M3}),
         frozenset({PerChannel, PerBlock}),
     )
+
+
+def test_ranges_found_at_run_time_are_said() -> None:
+    rule = Operator(weights=(8,), activations=(8,), dynamic=("tensor", "row")).rule("linear")
+    assert rule.dynamic == frozenset(Dynamic)
+    assert rule.runs(Precision.parse("w8a8dt"))
+    assert not Operator(weights=(8,), activations=(8,)).rule("linear").dynamic
 
 
 def test_by_default_weights_alone_are_in_few_bits() -> None:

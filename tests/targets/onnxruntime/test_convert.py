@@ -23,19 +23,11 @@ from fxmpq.targets.target import Converted
 Made = Callable[..., fx.GraphModule]
 
 
-def mixed(graph: fx.GraphModule) -> fx.GraphModule:
-    """Gives the groups their candidates in turn."""
-    groups = require(graph, stage="calibrated").groups
-    choices = {
-        group.name: str(group.candidates[index % len(group.candidates)])
-        for index, group in enumerate(groups)
-    }
-    return with_choices(graph, choices)
-
-
 @pytest.fixture(scope="module")
-def planned(calibrated: Made, conv_graph: fx.GraphModule, images: list[Tensor]) -> fx.GraphModule:
-    return mixed(calibrated(conv_graph, images, "onnxruntime"))
+def planned(
+    calibrated: Made, in_turn: Made, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> fx.GraphModule:
+    return in_turn(calibrated(conv_graph, images, "onnxruntime"))
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +39,12 @@ def made(
 
 @pytest.fixture(scope="module")
 def planned_bert(
-    calibrated: Made, bert_graph: fx.GraphModule, token_batches: list[dict[str, Tensor]]
+    in_turn: Made,
+    calibrated: Made,
+    bert_graph: fx.GraphModule,
+    token_batches: list[dict[str, Tensor]],
 ) -> fx.GraphModule:
-    return mixed(calibrated(bert_graph, token_batches, "onnxruntime"))
+    return in_turn(calibrated(bert_graph, token_batches, "onnxruntime"))
 
 
 @pytest.fixture(scope="module")
@@ -240,11 +235,11 @@ def test_convolutions_of_other_ranks(calibrated: Made, uniform: Made, rank: int)
     assert executed(made).count("QLinearConv") == 2
 
 
-def test_weight_only_candidates_are_refused_before_conversion(
+def test_candidates_that_a_layer_cannot_run_are_refused_before_conversion(
     calibrated: Made, conv_graph: fx.GraphModule, images: list[Tensor]
 ) -> None:
-    with pytest.raises(ValueError, match="no candidate among w4 runs on layer 'stem.0'"):
-        calibrated(conv_graph, images, "onnxruntime", candidates=[Precision(4)])
+    with pytest.raises(ValueError, match="no candidate among w4b16 runs on layer 'stem.0'"):
+        calibrated(conv_graph, images, "onnxruntime", candidates=[Precision.parse("w4b16")])
 
 
 def test_a_float_plan_runs_in_float(
@@ -278,3 +273,26 @@ def test_an_operator_without_a_translation_is_named(calibrated: Made, uniform: M
     planned = uniform(calibrated(trace(Bessel(8, 4), x), [x], "onnxruntime"))
     with pytest.raises(TargetError, match=r"cannot write this model: .*node %bessel_j0.*No ONNX"):
         convert(planned)
+
+
+def test_linear_layers_run_on_ranges_found_at_run_time(
+    in_turn: Made,
+    calibrated: Made,
+    bert_graph: fx.GraphModule,
+    token_batches: list[dict[str, Tensor]],
+) -> None:
+    candidates = [Precision.parse(name) for name in ("w4a8d", "w8a8d")]
+    planned = in_turn(calibrated(bert_graph, token_batches, "onnxruntime", candidates=candidates))
+    made = convert(planned, verify=token_batches)
+    assert made.sqnr_db > 35
+    operators = executed(made)
+    # Query, key and value read what is quantized once; a sole reader quantizes by itself.
+    assert operators.count("DynamicQuantizeLinear") == 2
+    assert operators.count("MatMulIntegerToFloat") == 2 * 3
+    assert operators.count("DynamicQuantizeMatMul") == 2 * 3 + 2
+    kernels = {row.kernel for row in made.layers if "a8d" in row.asked}
+    assert kernels == {"MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
+    batch = {name: tensor[:1, :5] for name, tensor in token_batches[0].items()}
+    (found,), (expected,) = made.run(batch), run_batch(planned, batch)
+    assert isinstance(expected, Tensor)
+    assert torch.allclose(found, expected, rtol=0.02, atol=0.02)

@@ -66,6 +66,13 @@ def test_a_sole_reader_shares_with_nobody() -> None:
     assert WrittenModel(model).sole_reader("missing") is None
 
 
+def test_values_are_known_by_what_makes_them() -> None:
+    nodes = [node("Neg", "x", "y"), node("Abs", "y", "z"), node("Neg", "z", "a")]
+    written = WrittenModel(model_of(nodes, "a"))
+    assert written.made_by("Neg") == {"y", "a"}
+    assert written.made_by("Add") == set()
+
+
 def test_transposes_are_found_by_their_values() -> None:
     matrix = torch.arange(6.0).reshape(2, 3)
     written = WrittenModel(

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given
@@ -7,9 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxmpq.formats import NumberFormat, Scheme
+from fxmpq.granularity import Dynamic
+from fxmpq.quantizers.dynamic import fake_quantize_dynamic
 from fxmpq.quantizers.integer import fake_quantize_activation
 from fxmpq.targets.onnxruntime import operators
 from fxmpq.targets.onnxruntime.blocks import dequantize_rows, pack_rows
+
+PER_TENSOR = NumberFormat(8, Scheme.AFFINE, dynamic=Dynamic.TENSOR)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -28,6 +35,55 @@ def test_a_round_trip_is_the_simulated_quantization(
     # A value half way between two codes may round to either in float32.
     close = torch.isclose(found, simulated, rtol=1e-5, atol=1e-5)
     assert int((~close).sum()) <= 1
+
+
+@pytest.fixture(scope="module")
+def runtime() -> onnxruntime.InferenceSession:
+    """ONNX Runtime's `DynamicQuantizeLinear` and back, for any number of values."""
+    made, kinds = onnx.helper, onnx.TensorProto
+    nodes = [
+        made.make_node("DynamicQuantizeLinear", ["x"], ["codes", "scale", "zero"]),
+        made.make_node("DequantizeLinear", ["codes", "scale", "zero"], ["real"]),
+    ]
+    found = {"codes": kinds.UINT8, "scale": kinds.FLOAT, "zero": kinds.UINT8, "real": kinds.FLOAT}
+    outputs = [made.make_tensor_value_info(name, kind, None) for name, kind in found.items()]
+    inputs = [made.make_tensor_value_info("x", kinds.FLOAT, ["n"])]
+    graph = made.make_graph(nodes, "dynamic", inputs, outputs)
+    model = made.make_model(graph, opset_imports=[made.make_opsetid("", 21)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+@given(
+    st.integers(0, 100_000),
+    st.integers(1, 300),
+    st.floats(-30, 30),
+    st.sampled_from([-5.0, 0.0, 0.3, 5.0]),
+)
+def test_dynamic_ranges_are_those_of_the_runtime_to_the_last_bit(
+    runtime: onnxruntime.InferenceSession, seed: int, values: int, exponent: float, shift: float
+) -> None:
+    x = (draw(values, seed=seed) + shift) * 2.0**exponent
+    codes, scale, zero, real = runtime.run(None, {"x": x.numpy()})
+    found = operators.dynamic_quantize(x)
+    assert [entry.dtype for entry in found] == [torch.uint8, torch.float32, torch.uint8]
+    for one, other in zip(found, (codes, scale, zero), strict=True):
+        assert np.array_equal(one.numpy(), other)
+    simulated = fake_quantize_dynamic(x, PER_TENSOR)
+    assert np.array_equal(simulated.numpy(), real)
+    assert torch.equal(operators.dynamic_dequantize(*found), simulated)
+
+
+def test_a_linear_layer_on_a_dynamic_range_is_the_same_layer() -> None:
+    codes = (draw(5, 6, seed=1) * 50).clamp(-128, 127).to(torch.int8)
+    weight, bias = (codes, draw(5, seed=2).abs()), draw(5, seed=3)
+    x, scale, zero_point = operators.dynamic_quantize(draw(2, 3, 6))
+    found = operators.dynamic_linear(x, scale, zero_point, *weight, bias)
+    same = operators.integer_linear(x, float(scale), int(zero_point), *weight, bias)
+    assert torch.equal(found, same)
 
 
 def test_channels_are_dequantized_along_the_first_dimension() -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from hypothesis import given
@@ -9,11 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from fxmpq.formats import Precision
 from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.run import run_batch
+from fxmpq.graph.state import require
+from fxmpq.graph.switch import with_choices
 from fxmpq.graph.trace import trace
+from fxmpq.targets.convert import convert
 from fxmpq.targets.onnxruntime import ONNXRUNTIME
 from fxmpq.targets.onnxruntime.rewrite import _units_that_hold, to_integer_operators
+from fxmpq.targets.onnxruntime.session import OnnxModel
 from fxmpq.targets.target import agreement_db
 
 Made = Callable[..., fx.GraphModule]
@@ -188,3 +195,84 @@ def test_unusual_layers(
     torch.manual_seed(0)
     graph = uniform(calibrated(trace(model(), batch), [batch], "onnxruntime"), 2)
     assert agreement(graph, batch) > 40
+
+
+@pytest.fixture(scope="module")
+def pooled() -> fx.GraphModule:
+    """Two linear layers on one tensor, one of them behind a pooling that moves codes."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(8, 4), nn.Linear(4, 4, bias=False)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.one(x), self.other(functional.max_pool2d(x, (1, 2)))
+
+    torch.manual_seed(0)
+    return trace(Pooled(), torch.randn(2, 3, 5, 8))
+
+
+def test_a_range_is_found_once_for_all_that_read_it(
+    calibrated: Made, uniform: Made, pooled: fx.GraphModule
+) -> None:
+    x = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
+    candidates = [Precision.parse("w8a8d")]
+    planned = uniform(calibrated(pooled, [x], "onnxruntime", candidates=candidates))
+    graph = rewritten(planned)
+    found = [name.split(".")[1] for name in operators(graph)]
+    assert sorted(found) == ["dynamic_linear", "dynamic_linear", "dynamic_quantize"]
+    (pool,) = [n for n in graph.graph.nodes if n.target is torch.ops.aten.max_pool2d.default]
+    assert pool.args[0].args[1] == 0
+    assert agreement(planned, x) > 100
+    converted = convert(planned)
+    assert converted.sqnr_db is None or converted.sqnr_db > 100
+    wanted = run_batch(planned, x * 3)
+    for one, other in zip(converted.run(x * 3), wanted, strict=True):
+        assert isinstance(other, Tensor)
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_weight_only_convolutions_are_stored_in_codes_and_run_in_float(
+    calibrated: Made,
+    uniform: Made,
+    conv_graph: fx.GraphModule,
+    images: list[Tensor],
+    tmp_path: Path,
+    bits: int,
+) -> None:
+    candidates = [Precision(bits)]
+    planned = uniform(calibrated(conv_graph, images, "onnxruntime", candidates=candidates))
+    made = convert(planned, output=tmp_path, verify=images)
+    assert made.sqnr_db > 100
+    *convolutions, linear = made.layers
+    assert {row.kernel for row in convolutions} <= {"float Conv", "float FusedConv"}
+    reason = f"no integer kernel: stored in {bits} bits, float when the file is loaded"
+    assert {row.reason for row in convolutions} == {reason}
+    assert linear.kernel == "MatMulNBits"
+    assert isinstance(made.module, OnnxModel)
+    executed = {node.op_type for node in made.module.executed.graph.node}
+    assert executed.isdisjoint({"DequantizeLinear", "Cast", "Mul", "QuantizeLinear"})
+    # One stored tensor of codes a convolution, and no float copy of its weights.
+    stored = {entry.name: entry for entry in onnx.load(made.files[0]).graph.initializer}
+    for row in convolutions:
+        name = row.layer.replace(".", "_")
+        assert f"codes_{bits}bit_{name}_weight" in stored
+        assert f"{name}_weight" not in stored
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_weight_only_convolutions_go_between_integer_ones(
+    calibrated: Made, conv_graph: fx.GraphModule, images: list[Tensor], first: int
+) -> None:
+    candidates = [Precision(4), Precision(8, 8)]
+    graph = calibrated(conv_graph, images, "onnxruntime", candidates=candidates)
+    groups = require(graph, stage="calibrated").groups
+    choices = {
+        group.name: str(candidates[(index + first) % 2]) for index, group in enumerate(groups)
+    }
+    made = convert(with_choices(graph, choices), verify=images)
+    assert made.sqnr_db > 60
+    assert "QLinearConv" in {row.kernel for row in made.layers}
+    assert "float Conv" in {row.kernel for row in made.layers}

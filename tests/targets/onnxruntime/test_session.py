@@ -46,3 +46,10 @@ def test_no_file_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(Exception, match="Failed to load model"):
         OnnxModel(b"no model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_optimization_each_node_runs_as_written() -> None:
+    model = OnnxModel(doubled_twice().SerializeToString(), optimized=False)
+    assert [node.op_type for node in model.executed.graph.node] == ["Identity", "Add", "Add"]
+    (found,) = model([torch.tensor([1.5]), torch.zeros(1, dtype=torch.int64)])
+    assert found.tolist() == [6.0]

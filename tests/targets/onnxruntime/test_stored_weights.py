@@ -65,8 +65,17 @@ def test_the_runtime_folds_it() -> None:
 
 
 def test_what_integer_kernels_read_stays() -> None:
+    """A convolution runs on integers if what it convolves is in codes too."""
     model = model_of(0, "Conv")
-    assert [node.op_type for node in rewritten(model).graph.node] == ["DequantizeLinear", "Conv"]
+    folded = [node.op_type for node in rewritten(model).graph.node]
+    assert folded == ["Unsqueeze", "Cast", "Mul", "Conv"]
+    input_codes = helper.make_tensor_value_info("q", TensorProto.UINT8, list(CODES.shape))
+    model.graph.input[0].CopyFrom(input_codes)
+    dequantize = helper.make_node("DequantizeLinear", ["q", "step"], ["x"])
+    model.graph.node.insert(0, dequantize)
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(0.1), "step"))
+    kept = [node.op_type for node in rewritten(model).graph.node]
+    assert kept == ["DequantizeLinear", "DequantizeLinear", "Conv"]
 
 
 def test_activations_and_biases_stay() -> None:

@@ -46,6 +46,13 @@ class Linear(nn.Module):
         return torch.ops.fxmpq.integer_linear(codes, 0.03, 100, self.codes, self.scale, self.bias)
 
 
+class DynamicLinear(Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        found = torch.ops.fxmpq.dynamic_quantize(x)
+        result = torch.ops.fxmpq.dynamic_linear(*found, self.codes, self.scale, self.bias)
+        return result, torch.ops.fxmpq.dynamic_dequantize(*found)
+
+
 class Product(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         codes = torch.ops.fxmpq.quantize(x, 0.03, 100)
@@ -125,6 +132,7 @@ class Experts(nn.Module):
         (Experts, draw(7, 6), {"Slice", "MatMul", "Concat"}),
         (Linear, draw(3, 6), {"QuantizeLinear", "MatMulIntegerToFloat"}),
         (Linear, draw(2, 5, 6), {"QuantizeLinear", "MatMulIntegerToFloat"}),
+        (DynamicLinear, draw(2, 5, 6), {"DynamicQuantizeLinear", "MatMulIntegerToFloat"}),
         (Product, draw(2, 5, 6), {"QuantizeLinear", "MatMulIntegerToFloat"}),
         (Embedding, torch.arange(9).reshape(3, 3), {"Gather", "Cast", "Mul"}),
         (BlockLinear, draw(2, 3, 32), {"MatMulNBits"}),
@@ -160,8 +168,11 @@ def test_every_operator_is_translated() -> None:
     names = (
         "quantize",
         "dequantize",
+        "dynamic_quantize",
+        "dynamic_dequantize",
         "dequantize_channels",
         "integer_linear",
+        "dynamic_linear",
         "integer_product",
         "integer_embedding",
         "block_linear",

@@ -22,19 +22,11 @@ from fxmpq.targets.target import Converted
 Made = Callable[..., fx.GraphModule]
 
 
-def mixed(graph: fx.GraphModule) -> fx.GraphModule:
-    """Gives the groups their candidates in turn."""
-    groups = require(graph, stage="calibrated").groups
-    choices = {
-        group.name: str(group.candidates[index % len(group.candidates)])
-        for index, group in enumerate(groups)
-    }
-    return with_choices(graph, choices)
-
-
 @pytest.fixture(scope="module")
-def planned(calibrated: Made, conv_graph: fx.GraphModule, images: list[Tensor]) -> fx.GraphModule:
-    return mixed(calibrated(conv_graph, images, "openvino"))
+def planned(
+    calibrated: Made, in_turn: Made, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> fx.GraphModule:
+    return in_turn(calibrated(conv_graph, images, "openvino"))
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +38,13 @@ def made(
 
 @pytest.fixture(scope="module")
 def planned_bert(
-    calibrated: Made, bert_graph: fx.GraphModule, token_batches: list[dict[str, Tensor]]
+    in_turn: Made,
+    calibrated: Made,
+    bert_graph: fx.GraphModule,
+    token_batches: list[dict[str, Tensor]],
 ) -> fx.GraphModule:
     candidates = [Precision.parse(name) for name in ("w4a8", "w4", "w3a8", "w2", "w8a8")]
-    return mixed(calibrated(bert_graph, token_batches, "openvino", candidates=candidates))
+    return in_turn(calibrated(bert_graph, token_batches, "openvino", candidates=candidates))
 
 
 @pytest.fixture(scope="module")

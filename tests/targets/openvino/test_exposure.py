@@ -12,8 +12,7 @@ from fxmpq.graph.switch import with_choices
 from fxmpq.graph.trace import trace
 from fxmpq.targets.convert import convert
 from fxmpq.targets.divergence import layer_agreements
-from fxmpq.targets.openvino.exposure import computed_by
-from fxmpq.targets.qdq import active_quantizers
+from fxmpq.targets.qdq import active_quantizers, computed_by
 from fxmpq.targets.target import Converted
 
 Made = Callable[..., fx.GraphModule]

@@ -8,10 +8,10 @@ import pytest
 from openvino import opset13
 
 from fxmpq.formats import Precision
-from fxmpq.graph.state import Layer
+from fxmpq.graph.state import Layer, Product
 from fxmpq.targets.openvino.compiled import compile_options
-from fxmpq.targets.openvino.kernels import Kernels, name_layers
-from fxmpq.targets.openvino.translate import codes_name
+from fxmpq.targets.openvino.kernels import Kernels, name_layers, name_products
+from fxmpq.targets.openvino.translate import codes_name, quantization_name
 
 NAMES = ["first", "second", "third", "table"]
 
@@ -152,3 +152,45 @@ def test_names_with_separators_are_found() -> None:
         kernel, reason = kernels.of_quantized(one, Precision(4, 8))
         assert kernel.lower().endswith("i8")
         assert reason == ""
+
+
+def test_products_are_found_by_what_quantizes_their_operands() -> None:
+    x = opset13.parameter([2, 64, 64], np.float32)
+    codes = [quantized(x), quantized(opset13.relu(x)), quantized(opset13.abs(x))]
+    for index, node in enumerate(codes):
+        node.set_friendly_name(quantization_name(index))
+    turned = opset13.transpose(codes[1], opset13.constant(np.array([0, 2, 1])))
+    scores = opset13.matmul(codes[0], turned, False, False)
+    scaled = opset13.multiply(scores, opset13.constant(np.float32(0.1)))
+    other = opset13.matmul(codes[2], codes[0], False, False)
+    plain = opset13.matmul(codes[0], opset13.relu(scaled), False, False)
+    made = ov.Model([scaled, other, plain], [x])
+    name_products(made, [("a/b", (0, 1)), ("gone", (1, 0)), ("c", (2, 0))])
+    kinds = {node.get_friendly_name(): node.get_type_name() for node in made.get_ops()}
+    assert kinds["a_b"] == kinds["c"] == "MatMul"
+    assert kinds["a_b/scaled"] == "Multiply"
+    assert "gone" not in kinds
+    assert other.get_friendly_name() == "c"
+    assert plain.get_friendly_name() not in ("a_b", "c")
+
+
+def test_a_fused_kernel_is_a_products_alone() -> None:
+    x = opset13.parameter([4], np.float32)
+    model = ov.Model([x], [x])
+    result = model.get_results()[0]
+    result.set_friendly_name("one")
+    for key, value in {
+        "layerType": "Subgraph",
+        "primitiveType": "jit_avx512_i8",
+        "runtimePrecision": "i8",
+        "originalLayersNames": "one/scaled,two",
+    }.items():
+        result.get_rt_info()[key] = value
+    for node in model.get_ordered_ops():
+        for key in ("layerType", "primitiveType", "runtimePrecision", "originalLayersNames"):
+            if key not in node.get_rt_info():
+                node.get_rt_info()[key] = ""
+    kernels = Kernels(model)
+    product = Product("one", "one", 0, 0)
+    assert kernels.of_quantized(product, Precision.parse("a8")) == ("Subgraph jit_avx512_i8", "")
+    assert kernels.of_quantized(layer("one"), Precision(4, 8))[0] == "unknown"

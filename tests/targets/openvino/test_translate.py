@@ -77,6 +77,19 @@ def test_a_quantization_is_the_simulated_one(zero_point: int) -> None:
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [((3, 4), (4, 5)), ((2, 3, 4), (4,)), ((5, 1, 3, 4), (2, 4, 6)), ((4,), (4,))],
+)
+def test_products_broadcast_as_in_torch(left: tuple[int, ...], right: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(shape, generator=generator) for shape in (left, right))
+    sources = [opset13.parameter(list(shape), np.float32) for shape in (left, right)]
+    (output,) = TRANSLATIONS["aten.matmul.default"](Context(*sources))
+    found = computed(output, x.numpy(), y.numpy(), parameters=sources)
+    np.testing.assert_allclose(found, torch.matmul(x, y).numpy(), rtol=1e-5, atol=1e-6)
+
+
 def exported(model: nn.Module, *inputs: object) -> torch.export.ExportedProgram:
     return torch.export.export(model.eval(), inputs, strict=False)
 

@@ -28,30 +28,25 @@ Made = Callable[..., fx.GraphModule]
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
 
 
-def mixed(graph: fx.GraphModule) -> fx.GraphModule:
-    """Gives the groups all widths in turn."""
-    groups = require(graph, stage="calibrated").groups
-    choices = {
-        group.name: str(group.candidates[index % len(group.candidates)])
-        for index, group in enumerate(groups)
-    }
-    return with_choices(graph, choices)
-
-
 def every_width() -> list[Precision]:
     return [Precision(bits, 8) for bits in WIDTHS]
 
 
 @pytest.fixture(scope="module")
-def planned(calibrated: Made, conv_graph: fx.GraphModule, images: list[Tensor]) -> fx.GraphModule:
-    return mixed(calibrated(conv_graph, images, candidates=every_width()))
+def planned(
+    calibrated: Made, in_turn: Made, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> fx.GraphModule:
+    return in_turn(calibrated(conv_graph, images, candidates=every_width()))
 
 
 @pytest.fixture(scope="module")
 def planned_bert(
-    calibrated: Made, bert_graph: fx.GraphModule, token_batches: list[dict[str, Tensor]]
+    in_turn: Made,
+    calibrated: Made,
+    bert_graph: fx.GraphModule,
+    token_batches: list[dict[str, Tensor]],
 ) -> fx.GraphModule:
-    return mixed(calibrated(bert_graph, token_batches, candidates=every_width()))
+    return in_turn(calibrated(bert_graph, token_batches, candidates=every_width()))
 
 
 def weights_of(graph: fx.GraphModule) -> dict[str, WeightQuantizer]:
@@ -114,6 +109,7 @@ def decode_any(entry: Mapping[str, object], tensors: Mapping[str, np.ndarray]) -
 
 @pytest.mark.parametrize(("model", "formats"), [("conv", FORMATS[2:6]), ("bert", FORMATS)])
 def test_every_format_converts_bit_exactly_and_is_read_back(
+    in_turn: Made,
     model: str,
     formats: list[str],
     calibrated: Made,
@@ -123,7 +119,7 @@ def test_every_format_converts_bit_exactly_and_is_read_back(
     batches = request.getfixturevalue({"conv": "images", "bert": "token_batches"}[model])
     candidates = [Precision.parse(name) for name in formats]
     graph = calibrated(request.getfixturevalue(f"{model}_graph"), batches, candidates=candidates)
-    planned = mixed(graph)
+    planned = in_turn(graph)
     made = convert(planned, output=tmp_path, verify=batches)
     assert made.sqnr_db == math.inf
     tensors, manifest = load_file(made.files[0]), json.loads(made.files[1].read_text())

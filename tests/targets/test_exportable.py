@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from fxmpq.graph.trace import trace
 from fxmpq.steps import apply
 from fxmpq.targets.convert import convert
-from fxmpq.targets.onnxruntime.exportable import make_exportable
+from fxmpq.targets.exportable import make_exportable
 
 aten = torch.ops.aten
 

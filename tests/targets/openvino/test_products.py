@@ -1,0 +1,99 @@
+"""Attention on integers: products of two activations in OpenVINO's fused kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from fxmpq.formats import Precision
+from fxmpq.graph.run import run_batch
+from fxmpq.graph.trace import trace
+from fxmpq.quantizers.modules import ActivationQuantizer
+from fxmpq.targets.convert import convert
+from fxmpq.targets.target import Converted
+
+Made = Callable[..., fx.GraphModule]
+
+
+@pytest.fixture(scope="module")
+def planned(
+    calibrated: Made,
+    uniform: Made,
+    bert_graph: fx.GraphModule,
+    token_batches: list[dict[str, Tensor]],
+) -> fx.GraphModule:
+    candidates = [Precision(8, 8)]
+    graph = calibrated(bert_graph, token_batches, "openvino", candidates=candidates, products=True)
+    return uniform(graph)
+
+
+@pytest.fixture(scope="module")
+def made(planned: fx.GraphModule, token_batches: list[dict[str, Tensor]]) -> Converted:
+    return convert(planned, verify=token_batches)
+
+
+def products(made: Converted) -> list[tuple[str, str, str]]:
+    return [
+        (row.layer.split(".")[-1], row.kernel, row.reason)
+        for row in made.layers
+        if row.asked == "a8"
+    ]
+
+
+def test_the_whole_attention_is_one_integer_kernel(made: Converted) -> None:
+    found = products(made)
+    assert [name for name, _, _ in found] == ["scores", "context"] * 2
+    for _, kernel, reason in found:
+        assert kernel.startswith("Subgraph ")
+        assert kernel.lower().endswith("i8")
+        assert reason == ""
+
+
+def test_it_computes_what_is_simulated(
+    made: Converted, planned: fx.GraphModule, token_batches: list[dict[str, Tensor]]
+) -> None:
+    assert made.sqnr_db > 60
+    batch = {name: tensor[:2, :5] for name, tensor in token_batches[0].items()}
+    (found,), (expected,) = made.run(batch), run_batch(planned, batch)
+    assert isinstance(expected, Tensor)
+    assert float((found - expected).square().sum() / expected.square().sum()) < 1e-3
+
+
+def test_operands_are_signed_but_for_weights_of_a_softmax(planned: fx.GraphModule) -> None:
+    """The layers before write them: nothing but the model's own views comes in between."""
+    grids: dict[str, list[int]] = {}
+    for node in planned.graph.nodes:
+        module = planned.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, ActivationQuantizer):
+            source = node.args[0]
+            kind = str(source.target).split(".")[1] if source.op == "call_function" else source.op
+            grids.setdefault(kind, []).append(module.ranges["uint8"].zero_point)
+    softmax = grids.pop("softmax", []) + grids.pop("_safe_softmax", [])
+    assert softmax == [0, 0]
+    assert grids["linear"].count(128) == 2 * 3
+    assert len(grids["linear"]) == 2 * 3
+
+
+def test_a_product_of_other_tensors_has_an_integer_kernel(calibrated: Made, uniform: Made) -> None:
+    class Gram(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.fc(x)
+            return torch.matmul(y, x.transpose(-1, -2)), torch.matmul(y, y[0, 0])
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 32, 64, generator=torch.Generator().manual_seed(0))
+    graph = calibrated(
+        trace(Gram(), x), [x], "openvino", candidates=[Precision(8, 8)], products=True
+    )
+    converted = convert(uniform(graph), verify=[x])
+    ((name, kernel, reason),) = products(converted)
+    assert (name, reason) == ("matmul", "")
+    assert kernel.startswith("MatMul ")
+    assert kernel.lower().endswith("i8")
