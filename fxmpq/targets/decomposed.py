@@ -1,0 +1,109 @@
+"""PyTorch's reference form of a quantized graph: codes, and real numbers made of them at each use.
+
+Layers stay the ATen operators they were. Before each stands a `dequantize` of its own, so that a
+compiler finds a layer, what it reads and nothing else in its way, and runs all of it on integers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Defines the operators `quantized_decomposed::*`.
+import torch.ao.quantization.fx._decomposed
+from torch import fx
+
+from fxmpq.formats import NumberFormat
+from fxmpq.granularity import PerBlock
+from fxmpq.graph.attributes import get_tensor
+from fxmpq.targets.lowering import finish, store_tensor
+from fxmpq.targets.qdq import layers_of, to_qdq
+
+quantized_decomposed = torch.ops.quantized_decomposed
+
+
+def to_decomposed(graph: fx.GraphModule, *, signed: bool) -> fx.GraphModule:
+    """Replace a planned graph's quantizers by the operators `quantized_decomposed::*`.
+
+    A quantized activation becomes one `quantize_per_tensor`, and a `dequantize_per_tensor` for
+    each node that reads it. A weight becomes `int8` codes behind `dequantize_per_channel`, with
+    the width's own `quant_min` and `quant_max` and zero points of 0; a scale of the whole tensor
+    is repeated for each channel. Weights in blocks and embeddings are as in `to_qdq`: the codes
+    are cast and multiplied by their scales, an embedding's after they are looked up. Biases stay
+    float, and float weights that nothing reads are gone. On the CPU the graph computes the same
+    bits as the simulation.
+
+    Args:
+        graph: With chosen precisions, all of integers of at most 8 bits; not changed.
+        signed: Whether activations' codes are `int8`, `2^(bits-1)` less than those of the plan,
+            and so are their zero points; else they are `uint8`.
+
+    Returns:
+        A graph without modules. Nodes that compute layers keep their names.
+
+    Examples:
+        >>> import fxmpq
+        >>> x = torch.tensor([[0.0, 2.55]])
+        >>> graph = fxmpq.prepare(fxmpq.trace(torch.nn.Linear(2, 2), x), "reference")
+        >>> graph = fxmpq.calibrate(graph, [x], progress=False)
+        >>> planned = fxmpq.apply(graph, fxmpq.cost(graph).uniform("w4a8"))
+        >>> for node in to_decomposed(planned, signed=True).graph.nodes:
+        ...     if node.op == "call_function":
+        ...         print(node.name)
+        quantize_per_tensor_default
+        dequantize_per_channel_default
+        dequantize_per_tensor_default
+        linear
+    """
+    rewritten = to_qdq(graph)
+    layers = layers_of(graph)
+    for node in list(rewritten.graph.nodes):
+        if node.target is torch.ops.fxmpq.fake_quantize.default:
+            _hand_out_codes(rewritten, node, signed=signed)
+        elif node.target is torch.ops.fxmpq.widened_codes.default:
+            layer, precision = layers[node.args[2]]
+            assert precision.weight is not None
+            if layer.kind != "embedding" and not isinstance(precision.weight.granularity, PerBlock):
+                _dequantize_weight(rewritten, node, precision.weight)
+            node.replace_all_uses_with(node.args[0])
+    finish(rewritten)
+    return rewritten
+
+
+def _hand_out_codes(graph: fx.GraphModule, node: fx.Node, *, signed: bool) -> None:
+    """Replace a rounding by codes, and a dequantization for each node that reads them."""
+    value, scale, zero_point, bits, _ = node.args
+    assert isinstance(bits, int) and isinstance(zero_point, int)
+    lowest = -(1 << (bits - 1)) if signed else 0
+    grid = (scale, zero_point + lowest, lowest, lowest + (1 << bits) - 1)
+    dtype = torch.int8 if signed else torch.uint8
+    with graph.graph.inserting_before(node):
+        quantize = quantized_decomposed.quantize_per_tensor.default
+        codes = graph.graph.call_function(quantize, (value, *grid, dtype))
+    for reader in list(node.users):
+        with graph.graph.inserting_before(reader):
+            dequantize = quantized_decomposed.dequantize_per_tensor.default
+            real = graph.graph.call_function(dequantize, (codes, *grid, dtype))
+        reader.replace_input_with(node, real)
+    graph.graph.erase_node(node)
+
+
+def _dequantize_weight(graph: fx.GraphModule, node: fx.Node, stored: NumberFormat) -> None:
+    """Let a layer read its codes behind `dequantize_per_channel`."""
+    codes = node.args[0]
+    (cast,) = node.users
+    (product,) = cast.users
+    spread = product.args[1]
+    assert isinstance(codes, fx.Node) and isinstance(spread, fx.Node)
+    scale = get_tensor(graph, str(spread.target))
+    axis = next((axis for axis, size in enumerate(scale.shape) if size > 1), 0)
+    channels = get_tensor(graph, str(codes.target)).shape[axis]
+    name = str(codes.target).removeprefix("codes_")
+    scales = store_tensor(graph, f"scales_{name}", scale.flatten().expand(channels), product)
+    zeros = torch.zeros(channels, dtype=torch.int64, device=scale.device)
+    zero_points = store_tensor(graph, f"zero_points_{channels}", zeros, product)
+    grid = (axis, stored.qmin, stored.qmax, torch.int8)
+    with graph.graph.inserting_before(product):
+        dequantize = quantized_decomposed.dequantize_per_channel.default
+        real = graph.graph.call_function(dequantize, (codes, scales, zero_points, *grid))
+    product.replace_all_uses_with(real)
+    graph.graph.erase_node(product)

@@ -1,0 +1,55 @@
+"""Convert to a graph that torch compiles to integer kernels in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from torch import Tensor, fx
+
+from fxmpq.graph.batches import Batch, flat_inputs
+from fxmpq.graph.state import state_of
+from fxmpq.targets.inductor.compiled import CompiledGraph
+from fxmpq.targets.inductor.compiler import check_compiler
+from fxmpq.targets.inductor.exposure import ExposedGraph
+from fxmpq.targets.inductor.program import inductor_program
+from fxmpq.targets.outcome import layer_reports
+from fxmpq.targets.reference.convert import convert_reference
+from fxmpq.targets.target import Converted, LayerValue
+
+
+def convert_inductor(graph: fx.GraphModule, output: Path | None) -> Converted:
+    """Compile a planned graph, and read back the kernels that it runs.
+
+    What is compiled lives in this process: compiled code, if it were written, would have to be
+    run to be loaded. With `output`, a folder, the files are those of the target `reference`,
+    codes in the plan's widths as data.
+
+    Args:
+        graph: With chosen precisions; not changed.
+        output: Folder to write to, made if missing.
+
+    Returns:
+        The converted model; its `module` is a `CompiledGraph`.
+
+    Raises:
+        TargetError: If there is no C++ compiler.
+    """
+    check_compiler()
+    compiled = CompiledGraph(inductor_program(graph))
+    compiled(state_of(graph).example)
+
+    def run(batch: Batch) -> Sequence[Tensor]:
+        return compiled(flat_inputs(graph, batch))
+
+    @cache
+    def exposed() -> ExposedGraph:
+        return ExposedGraph(graph)
+
+    def layer_values(batch: Batch) -> Sequence[LayerValue]:
+        return exposed()(batch)
+
+    files = () if output is None else convert_reference(graph, output).files
+    reports = layer_reports(graph, compiled.kernels.of_quantized)
+    return Converted("inductor", run, compiled, files, reports, layer_values=layer_values)

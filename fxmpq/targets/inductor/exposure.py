@@ -1,0 +1,45 @@
+"""Reading what a compiled graph computes inside: the activations that it quantizes."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxmpq.graph.batches import Batch, flat_inputs
+from fxmpq.targets.inductor.compiled import CompiledGraph
+from fxmpq.targets.inductor.program import dequantized, inductor_program
+from fxmpq.targets.qdq import computed_by
+from fxmpq.targets.target import LayerValue
+
+
+class ExposedGraph:
+    """A planned graph compiled so that it also returns its quantized activations.
+
+    Codes are what layers hand on, so a layer is looked at where what it computed was rounded.
+    The kernels are those of the model, but for sums: a convolution adds to codes in their
+    place, which it cannot where these are returned.
+
+    Args:
+        graph: The planned graph.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self._graph = graph
+        self._layers = computed_by(graph)
+        program = inductor_program(graph)
+        self._makers = [program.quantizers[name] for name in self._layers]
+        (output,) = program.graph.graph.find_nodes(op="output")
+        (returned,) = output.args
+        output.args = ([returned, *self._makers],)
+        program.graph.recompile()
+        self._compiled = CompiledGraph(program)
+
+    def __call__(self, batch: Batch) -> list[LayerValue]:
+        """Run a batch; returns the quantized results of layers, in graph order."""
+        outputs = self._compiled(flat_inputs(self._graph, batch))
+        codes = outputs[len(outputs) - len(self._makers) :]
+        return [
+            LayerValue(layer, quantizer, dequantized(value, maker))
+            for (quantizer, layer), value, maker in zip(
+                self._layers.items(), codes, self._makers, strict=True
+            )
+        ]
