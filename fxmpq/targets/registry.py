@@ -7,17 +7,26 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fxmpq.errors import TargetError, closest
+from fxmpq.targets.cuda import CUDA, CUDA_BF16
 from fxmpq.targets.described.read import read_target
+from fxmpq.targets.executorch import EXECUTORCH
+from fxmpq.targets.inductor import INDUCTOR
 from fxmpq.targets.onnxruntime import ONNXRUNTIME
 from fxmpq.targets.openvino import OPENVINO, OPENVINO_BF16
 from fxmpq.targets.reference import REFERENCE
 from fxmpq.targets.target import Target
+from fxmpq.targets.tensorrt import TENSORRT
 
 TARGETS: Mapping[str, Target] = {
     REFERENCE.name: REFERENCE,
     ONNXRUNTIME.name: ONNXRUNTIME,
     OPENVINO.name: OPENVINO,
     OPENVINO_BF16.name: OPENVINO_BF16,
+    CUDA.name: CUDA,
+    CUDA_BF16.name: CUDA_BF16,
+    TENSORRT.name: TENSORRT,
+    INDUCTOR.name: INDUCTOR,
+    EXECUTORCH.name: EXECUTORCH,
 }
 
 
@@ -29,8 +38,8 @@ def get_target(target: str | Path | Target) -> Target:
             itself, which is returned as it is.
 
     Raises:
-        TargetError: If the name is unknown, a file cannot be used, or a package is missing,
-            naming the extra that installs it.
+        TargetError: If the name is unknown, a file cannot be used, a package is missing, naming
+            the extra that installs it, or this machine lacks something else.
 
     Examples:
         >>> get_target("reference").name
@@ -53,4 +62,6 @@ def get_target(target: str | Path | Target) -> Target:
                 f"target {found.name!r} needs the package {package!r}, which is not installed; "
                 f"install it with: pip install 'fxmpq[{extra}]'"
             )
+    if found.check is not None:
+        found.check()
     return found

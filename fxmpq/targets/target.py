@@ -91,6 +91,9 @@ class Target:
         description: One line for people.
         packages: Modules the converter imports, by the extra that installs them.
         metrics: Cost metrics of its own, by name.
+        latency: Distributions whose versions decide how fast its models run, where they run on
+            this machine as they will elsewhere; `None` where their latency cannot be measured.
+        check: Raises where this machine lacks what is no package, before any work is done.
     """
 
     rules: TargetRules
@@ -98,6 +101,8 @@ class Target:
     description: str
     packages: Mapping[str, str]
     metrics: Mapping[str, MetricFigures] = field(default_factory=dict)
+    latency: tuple[str, ...] | None = None
+    check: Callable[[], None] | None = None
 
     @property
     def name(self) -> str:

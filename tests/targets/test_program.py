@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from fxmpq.graph.run import run_batch
 from fxmpq.graph.state import copy_graph
 from fxmpq.targets.lowering import lower
-from fxmpq.targets.program import move_to_cpu, rewritten_program
+from fxmpq.targets.program import free_limits, move_to_cpu, rewritten_program
 
 Made = Callable[..., fx.GraphModule]
 
@@ -30,6 +30,18 @@ def test_sizes_that_were_free_stay_free(
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     found = program.module(check_guards=False)(**batch)
     assert torch.allclose(found.logits, run_batch(prepared, batch)[0], atol=1e-5)
+
+
+def test_free_sizes_get_limits(bert_graph: fx.GraphModule, conv_graph: fx.GraphModule) -> None:
+    # Its embeddings have 12 positions.
+    limits = free_limits(bert_graph, {0: 8, 1: 512})
+    assert limits == [{0: 8, 1: 12}, {0: 8, 1: 12}]
+    assert free_limits(conv_graph, {0: 8, 1: 512}) == [{0: 8}]
+    # An example that is larger is taken as it is.
+    assert free_limits(conv_graph, {0: 1, 1: 1}) == [{0: 2}]
+    program = rewritten_program(lower(bert_graph), limits)
+    bounds = {int(found.upper) for found in program.range_constraints.values()}
+    assert bounds == {8, 12}
 
 
 def test_fixed_sizes_stay_fixed(conv_graph: fx.GraphModule) -> None:

@@ -1,0 +1,56 @@
+"""ExecuTorch on the CPU: XNNPACK's 8-bit kernels, those of linear layers with 4-bit weights too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from fxmpq.formats import Precision
+from fxmpq.granularity import PerBlock, PerChannel, PerTensor
+from fxmpq.graph.export import quiet_torch
+from fxmpq.graph.rules import OperatorRule, TargetRules
+from fxmpq.targets.target import Converted, Target
+
+aten = torch.ops.aten
+
+_SCALES: frozenset[type[PerTensor | PerChannel | PerBlock]] = frozenset({PerTensor, PerChannel})
+_RULES = TargetRules(
+    name="executorch",
+    operators={
+        "conv": OperatorRule(frozenset({8}), frozenset({8}), granularities=_SCALES),
+        "linear": OperatorRule(frozenset({4, 8}), frozenset({8}), granularities=_SCALES),
+        # Looked up as stored codes, which portable kernels cast and scale.
+        "embedding": OperatorRule(
+            frozenset({2, 4, 8}), frozenset({None}), granularities=_SCALES | {PerBlock}
+        ),
+    },
+    default_candidates=(Precision(4, 8), Precision(8, 8)),
+    # XNNPACK has no kernel that reads codes with a calibrated range and writes real numbers.
+    quantize_outputs_of=frozenset({"conv", "linear", "add"}),
+    fusions=tuple(
+        (first, activation)
+        for first in ("conv", "linear", "add")
+        for activation in (("relu",) if first == "add" else ("relu", "relu6", "hardtanh"))
+    ),
+    # Each operand of its integer add has a scale of its own.
+    joins=("shared_weight", "shared_input"),
+    through=frozenset({aten.max_pool2d.default}),
+)
+
+
+def _convert(graph: fx.GraphModule, output: Path | None) -> Converted:
+    # Imported late: the package is an optional extra.
+    with quiet_torch():
+        from fxmpq.targets.executorch.convert import convert_executorch
+
+    return convert_executorch(graph, output, _RULES)
+
+
+EXECUTORCH = Target(
+    rules=_RULES,
+    convert=_convert,
+    description="an ExecuTorch file on XNNPACK's int8 CPU kernels; linear weights also in 4 bits",
+    packages={"executorch": "executorch", "torchao": "executorch"},
+)

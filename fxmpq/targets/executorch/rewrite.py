@@ -1,0 +1,193 @@
+"""The form in which XNNPACK's partitioner recognises layers on integers."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fxmpq.graph.attributes import get_tensor
+from fxmpq.graph.operators import OPERATORS, argument
+from fxmpq.graph.rules import TargetRules
+from fxmpq.quantizers.integer import per_channel
+from fxmpq.targets.decomposed import to_decomposed
+from fxmpq.targets.executorch.embeddings import pack_embeddings
+from fxmpq.targets.lowering import finish, store_tensor
+from fxmpq.targets.qdq import layers_of
+
+aten = torch.ops.aten
+own = torch.ops.fxmpq
+quantized_decomposed = torch.ops.quantized_decomposed
+
+_LARGEST_BIAS = 2**30
+"""Half of what an `int32` accumulator holds; the products take the rest."""
+
+_SMALLEST_RESCALE = 2.0**-32
+"""XNNPACK refuses a layer whose accumulator is multiplied by less than this."""
+
+_FUSED = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default})
+
+
+def to_xnnpack_form(graph: fx.GraphModule, rules: TargetRules) -> fx.GraphModule:
+    """Rewrite a planned graph so that XNNPACK runs its quantized layers on integers.
+
+    It is `to_decomposed` with signed codes, and what XNNPACK asks for beyond that: a value that
+    max pooling returns is quantized again, on the grid that it already lies on, so that integers
+    are on both sides; the scale of an output channel is large enough for its bias, which is stored
+    in 32-bit units of input scale times weight scale; 4-bit weights of an odd number of inputs
+    are kept in bytes; low-bit embeddings are packed. A layer that XNNPACK has no integer kernel
+    for, as one whose result the plan keeps in float for all that read it, gets float weights.
+
+    Args:
+        graph: With chosen precisions; not changed.
+        rules: The target's.
+
+    Returns:
+        A graph without modules. Its `quantize_per_tensor` nodes are those of the plan's active
+        quantizers in graph order, each perhaps followed by others behind `max_pool2d`.
+    """
+    rewritten = to_decomposed(graph, signed=True)
+    for node in list(rewritten.graph.nodes):
+        if node.target in rules.through and _is_real(node.args[0]):
+            _quantize_again(rewritten, node)
+    for node in list(rewritten.graph.nodes):
+        operator = OPERATORS.get(node.target)
+        weight = argument(node, operator.weight) if operator is not None else None
+        if not isinstance(weight, fx.Node) or weight.target not in _CHANNELS:
+            continue
+        if node.target is own.linear.default:
+            node.target, node.args = aten.linear.default, node.args[:3]
+        _widen_odd(rewritten, weight)
+        grids = _grids(rewritten, node, weight)
+        if grids is None:
+            _make_float(rewritten, node, weight)
+        else:
+            _hold_bias(rewritten, node, weight, *grids)
+    pack_embeddings(rewritten)
+    finish(rewritten)
+    return rewritten
+
+
+def stored_names(graph: fx.GraphModule, rewritten: fx.GraphModule) -> dict[str, str]:
+    """Names of the tensors that hold the layers' weights in a rewritten graph.
+
+    Args:
+        graph: The planned graph.
+        rewritten: From `to_xnnpack_form`.
+
+    Returns:
+        By the layers' names, in the order they run; without layers that cannot be told.
+    """
+    order = {node.name: position for position, node in enumerate(graph.graph.nodes)}
+    layers = sorted((layer for layer, _ in layers_of(graph)), key=lambda x: order[x.node])
+    nodes = {node.name: node for node in rewritten.graph.nodes}
+    tables = {
+        name.removeprefix("packed_").rstrip("_"): name
+        for node in rewritten.graph.find_nodes(op="call_function", target=aten.embedding.default)
+        if (name := str(getattr(node.args[0], "target", "")))
+    }
+    found: dict[str, str] = {}
+    for layer in layers:
+        node = nodes.get(layer.node)
+        table = tables.get(f"codes_{layer.weight}".replace(".", "_"))
+        if node is not None:
+            weight = argument(node, OPERATORS[node.target].weight)
+            while isinstance(weight, fx.Node) and weight.op == "call_function":
+                weight = weight.args[0]
+            found[layer.name] = str(getattr(weight, "target", ""))
+        elif table is not None:
+            found[layer.name] = table
+    return found
+
+
+_CHANNELS = frozenset({quantized_decomposed.dequantize_per_channel.default})
+
+
+def _is_real(node: object) -> bool:
+    dequantize = quantized_decomposed.dequantize_per_tensor.default
+    return isinstance(node, fx.Node) and node.target is dequantize
+
+
+def _quantize_again(graph: fx.GraphModule, node: fx.Node) -> None:
+    """Let readers of a value that lies on a grid read it through the codes of that grid."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    grid, readers = source.args[1:], list(node.users)
+    with graph.graph.inserting_after(node):
+        quantize = quantized_decomposed.quantize_per_tensor.default
+        codes = graph.graph.call_function(quantize, (node, *grid))
+    for reader in readers:
+        with graph.graph.inserting_before(reader):
+            dequantize = quantized_decomposed.dequantize_per_tensor.default
+            real = graph.graph.call_function(dequantize, (codes, *grid))
+        reader.replace_input_with(node, real)
+
+
+def _grids(graph: fx.GraphModule, node: fx.Node, weight: fx.Node) -> tuple[float, float] | None:
+    """The scales of a layer's input and output codes; `None` if no integer kernel takes it."""
+    source, output = node.args[0], _stored_output(node)
+    bias = argument(node, OPERATORS[node.target].bias)
+    is_stored = not isinstance(bias, fx.Node) or bias.op == "get_attr"
+    is_flat = get_tensor(graph, str(weight.all_input_nodes[0].target)).dim() <= 4
+    if output is None or not _is_real(source) or not is_stored or not is_flat:
+        return None
+    assert isinstance(source, fx.Node)
+    scales = source.args[1], output.args[1]
+    assert isinstance(scales[0], float) and isinstance(scales[1], float)
+    return scales[0], scales[1]
+
+
+def _stored_output(node: fx.Node) -> fx.Node | None:
+    """What quantizes a layer's result, alone or behind what runs fused with it."""
+    for _ in range(2):
+        if len(node.users) != 1:
+            return None
+        (node,) = node.users
+        if node.target is quantized_decomposed.quantize_per_tensor.default:
+            return node
+        if node.target not in _FUSED:
+            return None
+    return None
+
+
+def _widen_odd(graph: fx.GraphModule, weight: fx.Node) -> None:
+    """Keep codes in bytes that XNNPACK would misread: 4-bit rows of an odd number of codes."""
+    codes = get_tensor(graph, str(weight.all_input_nodes[0].target))
+    if codes.shape[-1] % 2:
+        *operands, _, _, dtype = weight.args
+        weight.args = (*operands, -128, 127, dtype)
+
+
+def _hold_bias(
+    graph: fx.GraphModule, node: fx.Node, weight: fx.Node, input_scale: float, output_scale: float
+) -> None:
+    """Raise the scales of channels of nearly dead weights, beside whose biases nothing is lost.
+
+    XNNPACK stores a bias in units of weight scale times input scale, as an `int32`, and refuses
+    to scale a sum by next to nothing.
+    """
+    stored, channels, *_ = weight.all_input_nodes
+    codes = get_tensor(graph, str(stored.target))
+    scale = get_tensor(graph, str(channels.target)).double()
+    needed = torch.full_like(scale, _SMALLEST_RESCALE * output_scale / input_scale)
+    bias = argument(node, OPERATORS[node.target].bias)
+    if isinstance(bias, fx.Node):
+        found = get_tensor(graph, str(bias.target)).double().abs()
+        needed = torch.maximum(needed, found / (input_scale * _LARGEST_BIAS))
+    if not bool((needed > scale).any()):
+        return
+    held = torch.maximum(scale, needed)
+    ratio = per_channel(scale / held, codes.dim(), 0)
+    fewer = torch.round(codes.double() * ratio).to(torch.int8)
+    name = str(stored.target)
+    weight.replace_input_with(stored, store_tensor(graph, name, fewer, weight))
+    other = store_tensor(graph, str(channels.target), held.float(), weight)
+    weight.replace_input_with(channels, other)
+
+
+def _make_float(graph: fx.GraphModule, node: fx.Node, weight: fx.Node) -> None:
+    """Let a layer read stored real numbers, its codes times their scales."""
+    stored, channels, *_ = weight.all_input_nodes
+    codes = get_tensor(graph, str(stored.target))
+    scale = per_channel(get_tensor(graph, str(channels.target)), codes.dim(), 0)
+    real = store_tensor(graph, str(stored.target).replace("codes", "real", 1), codes * scale, node)
+    node.replace_input_with(weight, real)

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import export
+
+from fxmpq.errors import TargetError
+from fxmpq.graph.export import quiet_torch
+from fxmpq.targets.executorch.loaded import ExecutorchModel, quiet_runtime
+from fxmpq.targets.executorch.lowered import lower_program
+from fxmpq.targets.executorch.sizes import FreeSizes
+
+
+class Volume(nn.Module):
+    """A convolution that the portable kernels refuse when they run it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep = nn.Conv3d(1, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.deep(x)
+
+
+def test_a_model_that_cannot_run_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+    x = torch.ones(1, 1, 2, 2, 2)
+    with quiet_torch():
+        program = export(Volume(), (x,))
+    loaded = ExecutorchModel(lower_program(program).data, FreeSizes(({},), (False,)))
+    # Loading says nothing; what a run fails for is told.
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(TargetError, match="cannot run this model.*'reference' does"):
+        loaded([x])
+    assert capfd.readouterr().err
+
+
+def test_a_file_that_is_none_is_an_error() -> None:
+    with pytest.raises(TargetError, match="cannot load the file"):
+        ExecutorchModel(b"\0" * 256, FreeSizes((), ()))
+
+
+def test_standard_error_is_quiet_for_a_while(capfd: pytest.CaptureFixture[str]) -> None:
+    with quiet_runtime():
+        os.write(2, b"hidden")
+    os.write(2, b"seen")
+    assert capfd.readouterr().err == "seen"
