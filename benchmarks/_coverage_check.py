@@ -15,11 +15,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import fxmpq
-from fxmpq.graph.batches import fixed_size, flat_inputs
+from fxmpq.graph.batches import fixed_size
 from fxmpq.graph.run import run_batch
 from fxmpq.graph.state import state_of
 from fxmpq.graph.weight_share import weight_share
-from fxmpq.quantizers.modules import ActivationQuantizer
 from fxmpq.targets.divergence import layer_agreements
 from fxmpq.targets.target import agreement_db
 
@@ -32,7 +31,6 @@ CALIBRATION_BATCHES = 3
 SAMPLES = 4
 OTHER_SAMPLES = 3
 SHORTER = 12
-DISTURBANCE = 1e-6
 
 
 class Check:
@@ -182,36 +180,10 @@ class Check:
             worst = min(layers, key=lambda layer: layer.sqnr_db, default=None)
             if worst is not None:
                 self.row.layer_db[target] = (worst.layer, worst.sqnr_db)
-        disturbed = self._stage("disturb", lambda: Disturbed(planned).outputs(other))
-        self.row.disturbed_db[target] = agreement_db(expected, disturbed)
 
 
 class StageError(Exception):
     """A stage failed; what it raised is in the row."""
-
-
-class Disturbed(fx.Interpreter):
-    """Runs a planned graph with normal noise of 1e-6 of its root mean square in what is quantized.
-
-    That is what another order of summation may do to a tensor in `float32`; what comes of it at
-    the output is how much any two correct implementations may differ.
-    """
-
-    def outputs(self, batch: Inputs) -> list[Tensor]:
-        """Flat outputs of one batch."""
-        self.generator = torch.Generator().manual_seed(0)
-        assert isinstance(self.module, fx.GraphModule)
-        with torch.no_grad():
-            found = self.run(*flat_inputs(self.module, batch), enable_io_processing=False)
-        return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
-
-    def call_module(self, target: object, args: tuple, kwargs: dict[str, object]) -> object:
-        """Run a module, what an activation quantizer reads disturbed."""
-        if isinstance(self.module.get_submodule(str(target)), ActivationQuantizer):
-            (x,) = args
-            size = DISTURBANCE * x.square().mean().sqrt()
-            args = (x + size * torch.randn(x.shape, generator=self.generator),)
-        return super().call_module(target, args, kwargs)
 
 
 def _size(size: int | torch.SymInt) -> str:

@@ -33,8 +33,6 @@ class Row:
             of another size.
         layer_db: Where that is low, the layer that agrees least on the inputs it got, and its
             SQNR, by target; an empty name is what follows the last layer.
-        disturbed_db: SQNR of the simulation against itself with noise of 1e-6 of their root mean
-            square in the tensors that are quantized, by target.
         seconds: CPU time by stage.
         errors: What a stage raised.
     """
@@ -55,7 +53,6 @@ class Row:
     plan_db: dict[str, float] = field(default_factory=dict)
     agreement_db: dict[str, float] = field(default_factory=dict)
     layer_db: dict[str, tuple[str, float]] = field(default_factory=dict)
-    disturbed_db: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 

@@ -21,7 +21,8 @@ from fxmpq.callbacks.strategies import check_strategy, share_plan
 from fxmpq.callbacks.surgery import find_submodule
 from fxmpq.errors import FxmpqError
 from fxmpq.formats import Precision
-from fxmpq.graph.patterns import Ties, read_ties
+from fxmpq.graph.candidates import read_candidates
+from fxmpq.graph.patterns import Ties, read_exclude, read_ties
 from fxmpq.pipeline import quantize
 from fxmpq.quantized import Quantized
 from fxmpq.refinement.refine import check_refinement
@@ -123,14 +124,14 @@ class MixedPrecisionCallback(Callback):
         if refine is not None:
             check_refinement(refine, has_labels=False)
         self._source = CalibrationSource(calibration, calibration_batches)
-        self._candidates = None if candidates is None else [Precision.parse(c) for c in candidates]
+        self._candidates = read_candidates(candidates)
         self._keep = {pattern: Precision.parse(entry) for pattern, entry in (keep or {}).items()}
         wanted = [*(self._candidates or ()), *self._keep.values()]
         self._target.rules.check(wanted, products=products)
         self._slot = NetworkSlot(module)
         self._method = method
         self._program = program
-        self._exclude = tuple(exclude)
+        self._exclude = read_exclude(exclude)
         self._ties = read_ties(ties)
         self._products = products
         self._refine = refine

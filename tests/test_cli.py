@@ -133,6 +133,13 @@ def test_version_and_help(
     assert "KEY=VALUE" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("module", ["fxmpq", "fxmpq.cli"])
+def test_it_runs_as_a_module(module: str) -> None:
+    command = [sys.executable, "-W", "error", "-m", module, "--version"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, f"fxmpq {fxmpq.__version__}\n"), found.stderr
+
+
 def test_the_installed_command_starts_without_loading_the_recipes() -> None:
     code = (
         "import sys; from fxmpq.cli import app; "

@@ -52,7 +52,6 @@ def good_row(benchmark: Callable[[str], Any]) -> Any:
         shares={"reference": 0.15, "onnxruntime": 0.1},
         plan_db={"reference": 12.0, "onnxruntime": 12.0},
         agreement_db={"reference": math.inf, "onnxruntime": 40.0},
-        disturbed_db={"reference": 90.0, "onnxruntime": 90.0},
     )
 
 

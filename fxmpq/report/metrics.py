@@ -179,6 +179,24 @@ def next_token_loss(outputs: Sequence[Tensor], labels: Tensor) -> tuple[float, i
     return float(loss), len(counted)
 
 
+def perplexity(loss: float) -> float:
+    """The perplexity `exp(loss)` of a mean loss in nats; `inf` where that is beyond a float.
+
+    Examples:
+        >>> round(perplexity(math.log(8.0)), 6), perplexity(710.0)
+        (8.0, inf)
+    """
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _relative(value: float, base: float) -> str:
+    """How far a figure is from float's; of two that are both infinite, not at all."""
+    return change(0.0 if value == base else value / base - 1)
+
+
 METRICS: Mapping[str, Metric] = {
     "accuracy": Metric(
         "accuracy",
@@ -193,38 +211,15 @@ METRICS: Mapping[str, Metric] = {
     "perplexity": Metric(
         "perplexity",
         next_token_loss,
-        finish=math.exp,
+        finish=perplexity,
         text=lambda value, digits: f"{value:.{digits}f}",
-        difference=lambda value, base: change(value / base - 1),
+        difference=_relative,
         heading="change",
         unit="",
         short="ppl.",
     ),
 }
 """What a report can measure on test data, by name."""
-
-
-def output_sqnr_db(
-    reference: Sequence[Sequence[Tensor]], outputs: Sequence[Sequence[Tensor]]
-) -> float:
-    """Output SQNR, `10 log10(sum ||y||^2 / sum ||z - y||^2)` over all samples and outputs.
-
-    Args:
-        reference: Outputs `y` of the float model, from `collect_outputs`.
-        outputs: Outputs `z` of the quantized one, on the same batches.
-
-    Returns:
-        Decibels; `inf` where there is no difference.
-
-    Raises:
-        BatchError: If the two were not made from the same batches.
-
-    Examples:
-        >>> round(output_sqnr_db([[torch.tensor([10.0])]], [[torch.tensor([11.0])]]), 6)
-        20.0
-    """
-    expected = [tensor for batch in reference for tensor in batch]
-    return _decibels(*_powers(expected, [tensor for batch in outputs for tensor in batch]))
 
 
 def _powers(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> tuple[float, float]:

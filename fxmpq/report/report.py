@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,7 +24,7 @@ class Entry:
 
     Args:
         score: What `Report.metric` says: the share of test samples classified right, in [0, 1], or
-            the perplexity.
+            the perplexity, infinite where it is beyond a float (`null` in a file).
         sqnr_db: Output SQNR against the float model in PyTorch, in dB; `None` if there is no
             difference at all.
         weight_bytes: Stored weights with their scales; biases are not counted.
@@ -181,7 +181,10 @@ class Report:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Write as JSON; returns the text, and writes it to `path` if given."""
-        return dump_json(SCHEMA, VERSION, asdict(self), path)
+        found = asdict(self)
+        for entry in found["entries"].values():
+            entry["score"] = finite_or_none(entry["score"])
+        return dump_json(SCHEMA, VERSION, found, path)
 
     @classmethod
     def from_json(cls, source: str | Path) -> Report:
@@ -196,7 +199,7 @@ class Report:
         entries = found["entries"]
         if not isinstance(entries, dict):
             raise FileFormatError(f"{SCHEMA}: 'entries' maps names to measurements")
-        found["entries"] = {name: _item(Entry, value) for name, value in entries.items()}
+        found["entries"] = {name: _entry(value) for name, value in entries.items()}
         found["layers"] = _items(LayerRow, found.get("layers", []))
         found["curve"] = _items(CurvePoint, found.get("curve", []))
         found["refinements"] = _items(RefinementRow, found.get("refinements", []))
@@ -213,6 +216,11 @@ def finite_or_none(value: float | None) -> float | None:
     if value is not None and math.isnan(value):
         raise FileFormatError("a report cannot hold NaN; the measurement it comes from failed")
     return None if value is None or math.isinf(value) else value
+
+
+def _entry(found: object) -> Entry:
+    entry = _item(Entry, found)
+    return entry if entry.score is not None else replace(entry, score=math.inf)
 
 
 def _items(kind: type[Item], found: object) -> tuple[Item, ...]:

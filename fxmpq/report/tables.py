@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fxmpq.report.compare import FLOAT, MIXED
@@ -48,15 +49,16 @@ def layer_table(report: Report, name_length: int = 80) -> Table:
         known = decibels(row.alone_db) if quantized and report.is_predicting else ""
         alone = "shared" if row.is_shared else known
         table.add_row(
-            shortened(row.layer, name_length),
+            escape(shortened(row.layer, name_length)),
             row.precision,
             alone,
             counted(row.weight_bytes, "B"),
             counted(row.bops),
-            f"{row.kernel} ({numbers[row.reason]})" if row.reason else row.kernel,
+            escape(f"{row.kernel} ({numbers[row.reason]})" if row.reason else row.kernel),
         )
     if numbers:
-        table.caption = "\n".join(f"({number}) {reason}" for reason, number in numbers.items())
+        noted = (f"({number}) {reason}" for reason, number in numbers.items())
+        table.caption = escape("\n".join(noted))
         table.caption_justify = "left"
     return table
 
@@ -79,7 +81,7 @@ def refinement_table(report: Report, name_length: int = 80) -> Table:
     for layer, cells in refinement_rows_text(grid).items():
         found = [" ".join(cell) for cell in cells]
         style = "bold" if layer == WHOLE_MODEL else ""
-        table.add_row(shortened(layer, name_length), *found, style=style)
+        table.add_row(escape(shortened(layer, name_length)), *found, style=style)
     return table
 
 
@@ -135,7 +137,7 @@ def comparison_rows(report: Report) -> dict[str, tuple[str, ...]]:
 
 
 def own_cost_lines(report: Report) -> list[str]:
-    """What the models cost in metrics of the target's own, a line a metric, also against float.
+    """What the models cost in metrics that not every target has, a line each, also against float.
 
     Args:
         report: With entries `float` and `mixed`.
@@ -151,15 +153,15 @@ def own_cost_lines(report: Report) -> list[str]:
                 cost = entry.costs[metric]
                 shown = counted(cost) if cost >= _COUNTED else f"{cost:.3g}"
                 parts.append(f"{name} {shown}{share}")
-        lines.append(f"{metric} by the target's figures: {', '.join(parts)}")
+        lines.append(f"{metric} by the cost table: {', '.join(parts)}")
     return lines
 
 
 def print_tables(report: Report, console: Console) -> None:
     """Print the layers, what refinement did to them if it was done, then the comparison.
 
-    What the models cost in metrics of the target's own follows, then sizes that the export fixed,
-    with its reason.
+    What the models cost in metrics that not every target has follows, then sizes that the export
+    fixed, with its reason.
 
     Args:
         report: From `build_report`.
@@ -176,8 +178,12 @@ def print_tables(report: Report, console: Console) -> None:
 
 
 def _narrow_table(title: str) -> Table:
-    """A table that fits 80 columns, the width where output is no terminal."""
+    """A table that fits 80 columns, the width where output is no terminal; the title as it is."""
     padding = (0, 1, 0, 0)
     return Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=padding, pad_edge=False
+        title=escape(title),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=padding,
+        pad_edge=False,
     )

@@ -121,8 +121,8 @@ def test_refinement_is_shown_where_it_was_done(report: Report) -> None:
     assert all(link.removeprefix("#") in ids for link in page.links)
 
 
-def test_costs_of_the_targets_own_stand_below_the_comparison(report: Report) -> None:
+def test_costs_that_not_every_target_has_stand_below_the_comparison(report: Report) -> None:
     mixed = replace(report.entries["mixed"], costs={"cycles": 3_000.0})
     page = render_html(replace(report, entries={**report.entries, "mixed": mixed}))
-    assert "cycles by the target&#39;s figures: mixed 3.00 k.</p>" in page
+    assert "cycles by the cost table: mixed 3.00 k.</p>" in page
     assert "target&#39;s figures" not in render_html(report)

@@ -17,7 +17,6 @@ from fxmpq.report.metrics import (
     collect_outputs,
     count_right,
     next_token_loss,
-    output_sqnr_db,
 )
 
 
@@ -101,6 +100,14 @@ def test_nothing_that_counts_has_no_value() -> None:
         _ = tally.value
 
 
+def output_sqnr_db(reference: list[list[Tensor]], outputs: list[list[Tensor]]) -> float:
+    """Of all batches, as a report adds it up."""
+    tally = Tally(METRICS["accuracy"])
+    for expected, found in zip(reference, outputs, strict=True):
+        tally.add(found, torch.zeros(len(found[0]), dtype=torch.int64), expected)
+    return tally.sqnr_db
+
+
 @given(st.floats(-30, 60), st.integers(0, 2**31))
 def test_sqnr_of_noise_with_a_known_power(decibels: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -110,21 +117,29 @@ def test_sqnr_of_noise_with_a_known_power(decibels: float, seed: int) -> None:
     reference = [[signal[:1]], [signal[1:]]]
     outputs = [[(signal + noise)[:1]], [(signal + noise)[1:]]]
     assert output_sqnr_db(reference, outputs) == pytest.approx(decibels, abs=1e-6)
-    tally = Tally(METRICS["accuracy"])
-    for (one,), (other,) in zip(reference, outputs, strict=True):
-        tally.add([other], torch.zeros(len(other), dtype=torch.int64), [one])
-    assert tally.sqnr_db == pytest.approx(decibels, abs=1e-6)
 
 
-def test_equal_outputs_have_infinite_sqnr_and_other_batches_are_refused() -> None:
+def test_equal_outputs_have_infinite_sqnr_and_other_ones_are_refused() -> None:
     outputs = [[torch.ones(2, 3)], [torch.ones(1, 3)]]
     assert output_sqnr_db(outputs, outputs) == math.inf
-    with pytest.raises(BatchError, match=r"2 tensors \(\[2, 3\], \[1, 3\]\) against 1 tensors"):
-        output_sqnr_db(outputs, outputs[:1])
+    with pytest.raises(BatchError, match=r"2 tensors \(\[2, 3\], \[2, 3\]\) against 1 tensors"):
+        output_sqnr_db([[*outputs[0], *outputs[0]]], outputs[:1])
 
 
 def test_a_silent_reference_has_no_signal() -> None:
-    assert output_sqnr_db([[torch.zeros(2)]], [[torch.ones(2)]]) == -math.inf
+    assert output_sqnr_db([[torch.zeros(1, 2)]], [[torch.ones(1, 2)]]) == -math.inf
+
+
+def test_a_perplexity_beyond_a_float_is_infinite() -> None:
+    metric = METRICS["perplexity"]
+    assert metric.finish(709.0) == math.exp(709.0)
+    assert metric.finish(710.0) == math.inf
+    assert metric.text(math.inf, 2) == "inf"
+    assert metric.difference(math.inf, 20.0) == "+inf %"
+    assert metric.difference(math.inf, math.inf) == "+0.0 %"
+    tally = Tally(metric)
+    tally.add([torch.tensor([[[800.0, 0.0], [0.0, 0.0]]])], torch.tensor([[0, 1]]))
+    assert tally.value == math.inf
 
 
 def test_differences_are_written_in_the_metrics_own_unit() -> None:

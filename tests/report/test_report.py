@@ -61,6 +61,13 @@ def test_infinity_becomes_none_and_nan_is_refused() -> None:
         finite_or_none(math.nan)
 
 
+def test_an_infinite_perplexity_survives_a_file(report: Report) -> None:
+    broken = replace(report.entries["w2a8"], score=math.inf)
+    lost = replace(report, metric="perplexity", entries={**report.entries, "w2a8": broken})
+    assert json.loads(lost.to_json())["entries"]["w2a8"]["score"] is None
+    assert Report.from_json(lost.to_json()) == lost
+
+
 @pytest.mark.parametrize(("group", "shared"), [("a", False), ("b", True), ("", False)])
 def test_a_layer_is_shared_where_another_names_its_group(group: str, shared: bool) -> None:
     assert LayerRow("a", group, "w8a8", 1.0, 1, 1, "kernel").is_shared is shared

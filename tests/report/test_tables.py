@@ -32,6 +32,18 @@ def test_every_row_fits_eighty_columns_uncut(report: Report) -> None:
     assert not any("…" in line for line in lines)
 
 
+def test_names_in_brackets_are_no_markup(report: Report) -> None:
+    row = replace(report.layers[0], layer="[/x].[red]stem", kernel="[b]", reason="kept [/here]")
+    refined = RefinementRow("gptq", "[/x].[red]stem", 20.0, 22.0)
+    odd = replace(report, layers=(row,), budget="[/y]", target="[/z]", refinements=(refined,))
+    lines = printed(odd, 120)
+    assert lines[0] == "Layers at [/y] on [/z]"
+    assert any(line.startswith("[/x].[red]stem w8a8") for line in lines)
+    assert any(line.startswith("[/x].[red]stem 22.0") for line in lines)
+    assert any("[b] (1)" in line for line in lines)
+    assert "(1) kept [/here]" in lines
+
+
 def with_costs(report: Report) -> Report:
     """A target of one's own, whose models the reference ran."""
     costs = {
@@ -43,9 +55,9 @@ def with_costs(report: Report) -> Report:
     return replace(report, entries=entries, target="npu", runtime="reference")
 
 
-def test_costs_of_the_targets_own_are_told(report: Report) -> None:
+def test_costs_that_not_every_target_has_are_told(report: Report) -> None:
     lines = printed(with_costs(report), 120)
-    says = "by the target's figures: "
+    says = "by the cost table: "
     assert f"cycles {says}float 60.0 k, mixed 3.00 k (5.0 %), w8a8 1.50 k (2.5 %)" in lines
     assert f"energy {says}mixed 0.4, w8a8 0" in lines
     assert not any(says in line for line in printed(report, 120))
