@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -121,13 +122,20 @@ def compiled(module: nn.Module, *, is_wanted: bool) -> nn.Module:
 def rows_of(
     subject: Subject, target: str, device: torch.device, wanted: argparse.Namespace
 ) -> list[tuple[str, ...]]:
-    """The cells of each way to run a model: time, ratios, agreement, kernels."""
+    """The cells of each way to run a model: time, ratios, agreement, kernels.
+
+    A precision that a layer of it cannot have, as a convolution's in blocks, is left out.
+    """
     batch = placed(subject.timed, device)
     plain = copy.deepcopy(subject.model).to(device)
     modules = {"float32": plain, "bfloat16": copy.deepcopy(plain).to(torch.bfloat16)}
     notes = dict.fromkeys(modules, ("", ""))
     for precision in wanted.precisions:
-        module, agreement, kernels = converted(subject, precision, target, device)
+        try:
+            module, agreement, kernels = converted(subject, precision, target, device)
+        except fxmpq.errors.PrecisionError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
         modules[precision], notes[precision] = module, (agreement, kernels)
     runs: dict[str, Run] = {}
     for name, module in modules.items():

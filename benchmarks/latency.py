@@ -8,6 +8,7 @@ one thread; on a shared machine single numbers are off by several percent.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ def inputs(name: str, image: int, tokens: int) -> Batch:
 def random_plans(costs: fxmpq.CostTable, count: int, seed: int) -> dict[str, Mapping[str, str]]:
     """Different plans whose groups draw precisions, in shares that each plan draws for itself."""
     generator = torch.Generator().manual_seed(seed)
+    count = min(count, math.prod(len(costs.precisions(group)) for group in costs.groups))
     found: dict[str, Mapping[str, str]] = {}
     while len(found) < count:
         names = sorted({name for group in costs.groups for name in costs.precisions(group)})

@@ -30,6 +30,7 @@ from fxmpq.sensitivity.measure import reads_labels
 from fxmpq.solver.budget import Budget
 from fxmpq.solver.plan import Plan
 from fxmpq.solver.programs import check_program, program_of
+from fxmpq.steps import further_of
 from fxmpq.targets.registry import get_target
 from fxmpq.targets.target import Target
 
@@ -119,6 +120,7 @@ class MixedPrecisionCallback(Callback):
     ) -> None:
         self._target = get_target(target)
         self._budget = Budget.parse(budget)
+        further_of(self._target, self._budget.metrics)  # refuses what nothing here measures
         check_options(method, options)
         check_program(program or program_of(method), method=method)
         if refine is not None:

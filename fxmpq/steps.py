@@ -91,8 +91,9 @@ def cost(
     float, such as fused attention, enter all but the first two as a fixed part. Sample sizes are
     those of the batch the model was traced with.
 
-    `metric="latency"` adds milliseconds of CPU time, measured in the target's runtime on this
-    machine, for one sample of the traced sizes; for two where the trace fixed the batch size.
+    `metric="latency"` adds milliseconds, measured in the target's runtime on this machine, for one
+    sample of the traced sizes; for two where the trace fixed the batch size. They are of CPU time
+    where torch computes in one thread, else of the time that passes.
     `fxmpq.costs.latency` says what is modelled. It takes minutes the first time; what was measured
     is kept in `fxmpq.costs.latency.store.cache_folder()`.
 

@@ -28,6 +28,7 @@ from fxmpq.report.wording import decibels, percent, seconds
 from fxmpq.sensitivity.measure import METHODS, check_method
 from fxmpq.sensitivity.measure import method_options as option_names
 from fxmpq.solver.programs import check_program, program_of
+from fxmpq.steps import further_of
 from fxmpq.targets.registry import get_target
 from fxmpq.training.loss import batch_samples, classification_loss
 
@@ -52,7 +53,7 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> Report:
             the model is checked first.
     """
     console = console or Console()
-    get_target(recipe.target)
+    further_of(get_target(recipe.target), recipe.budget.metrics)
     options = method_options(recipe)
     check_program(recipe.program or program_of(recipe.method), method=recipe.method)
     if recipe.refine is not None:

@@ -120,9 +120,10 @@ def test_latency_is_measured_in_the_runtime(
         trace(nn.Sequential(nn.Linear(8, 4)), torch.randn(2, 8)), "onnxruntime", candidates=["w8a8"]
     )
     table = cost(graph, metric="latency", progress=False)
-    found = [table.cost("latency", "0", "w8a8"), table.float_total["latency"]]
-    found.append(table.total("latency", table.uniform("w8a8")))
-    assert all(math.isfinite(value) and value > 0 for value in found)
+    # A layer so small may take no longer than the call by itself, whatever the machine does.
+    assert 0 <= table.cost("latency", "0", "w8a8") < math.inf
+    assert 0 < table.float_total["latency"] < math.inf
+    assert 0 < table.total("latency", table.uniform("w8a8")) < math.inf
     assert table.metrics[:-1] == cost(graph).metrics
     # It comes through files, and what is on disk is not measured again.
     assert CostTable.from_json(table.to_json()) == table

@@ -197,7 +197,7 @@ def _allowed(
         kinds = ", ".join(dict.fromkeys(layer.kind for layer in members))
         raise PrecisionError(
             f"no candidate among {asked} runs on layer {members[0].name!r} ({kinds}); target "
-            f"{rules.name!r} runs {rules.describe()}{_in_blocks(members, rules)}"
+            f"{rules.name!r} runs {rules.describe()}{_cut_blocks(members, wanted, rules)}"
             + (f". {_why(members, joins)}" if len(members) > 1 else "")
         )
     return tuple(allowed)
@@ -214,11 +214,13 @@ def _channel_weights(layer: Layer) -> int:
     return math.prod(layer.weight_shape) // layer.weight_shape[layer.channel_axis]
 
 
-def _in_blocks(members: Sequence[Member], rules: TargetRules) -> str:
-    """How many weights there are to cut, where blocks must be whole."""
-    counts = {
-        _channel_weights(member): None
-        for member in members
-        if isinstance(member, Layer) and rules.operators[member.kind].blocks_are_whole
-    }
-    return f", in whole blocks of {' and '.join(map(str, counts))} weights" if counts else ""
+def _cut_blocks(members: Sequence[Member], wanted: Sequence[Precision], rules: TargetRules) -> str:
+    """Which layers' channels are no whole number of blocks that are wanted, as a sentence."""
+    found = [
+        f"{layer.name} has {_channel_weights(layer)} weights a channel, no whole number of blocks "
+        f"of {precision}"
+        for layer in members
+        for precision in wanted
+        if isinstance(layer, Layer) and not _fits(layer, precision, rules)
+    ]
+    return "".join(f". {text}" for text in found[:_MOST_JOINS])

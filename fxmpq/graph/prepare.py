@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import partial
 
 import torch
@@ -24,6 +25,7 @@ from fxmpq.graph.patterns import Ties, read_ties
 from fxmpq.graph.rules import TargetRules
 from fxmpq.graph.shared_ranges import (
     SharedRanges,
+    check_ranges_are_fixed,
     find_shared_ranges,
     joins_for_ranges,
     share_symmetry,
@@ -65,8 +67,8 @@ def insert_quantizers(
         The prepared graph; `fxmpq.graph.state.state_of` tells its groups.
 
     Raises:
-        PrecisionError: If the target cannot run a candidate, a weight is not `float32`, or there
-            is nothing for products to take.
+        PrecisionError: If the target cannot run a candidate, a weight is not `float32`, there is
+            nothing for products to take, or tensors of one range would each find their own.
         PatternError: If a pattern matches no layer, or a tie one layer only.
     """
     state = require(graph, stage="traced")
@@ -90,8 +92,9 @@ def insert_quantizers(
     nodes = {node.name: node for node in prepared.graph.nodes}
     weights: dict[str, fx.Node] = {}
     finished = tuple(_finish_group(prepared, nodes, group, owned, weights) for group in groups)
+    floats = [*exclude, *(pattern for pattern, found in pins.items() if found.is_float)]
     excluded = tuple(
-        LeftFloat(member.name, _why_float(member, rules))
+        LeftFloat(member.name, _why_float(member, group, rules, wanted, floats))
         for group in finished
         if group.candidates == (Precision(),)
         for member in group.members
@@ -131,6 +134,7 @@ def _arrange(
         found = joins_for_sites(graph, grouping.groups, rules)
         found += joins_for_ranges(shared, sites, grouping.groups)
         if not found:
+            check_ranges_are_fixed(shared, sites, grouping.groups)
             share_symmetry(shared, sites)
             return grouping, sites, shared
         further += found
@@ -147,10 +151,21 @@ def _check_dtypes(graph: fx.GraphModule, groups: Sequence[Group]) -> None:
                 )
 
 
-def _why_float(member: Member, rules: TargetRules) -> str:
+def _why_float(
+    member: Member,
+    group: Group,
+    rules: TargetRules,
+    wanted: Sequence[Precision],
+    floats: Sequence[str],
+) -> str:
+    """Why a group's only candidate is float: the target, the user's patterns, or what is left."""
     if member.kind not in rules.operators:
         return f"target {rules.name!r} has no quantized {member.kind}"
-    return "kept in float by the user"
+    names = [other.name for other in group.members]
+    is_named = any(fnmatchcase(name, pattern) for name in names for pattern in floats)
+    if is_named or all(precision.is_float for precision in wanted):
+        return "kept in float by the user"
+    return "of the candidates only fp32 runs on it"
 
 
 def _activation_name(site: int) -> str:

@@ -191,9 +191,9 @@ class TargetRules:
                 raise TargetError(f"target {self.name!r} fuses {chain}; a fusion is of two or more")
             self._check_operators("fuses", chain)
         self._check_operators("shares ranges at", sorted(self.shared_ranges))
-        self._check_kinds("quantizes outputs of", self.quantize_outputs_of)
+        self._check_kinds("quantizes outputs of", self.quantize_outputs_of, MEETINGS)
         self._check_operators("has unsigned outputs of", sorted(self.unsigned_outputs_of))
-        self._check_kinds("has symmetric inputs of", self.symmetric_inputs_of)
+        self._check_kinds("has symmetric inputs of", self.symmetric_inputs_of, MEETINGS)
         self._check_kinds("quantizes residuals of", self.quantize_residuals_of)
 
     def _check_operators(self, does: str, names: Sequence[str]) -> None:
@@ -204,14 +204,12 @@ class TargetRules:
                     "an ATen operator, as 'relu' or 'add'"
                 )
 
-    def _check_kinds(self, does: str, names: frozenset[str]) -> None:
+    def _check_kinds(self, does: str, names: frozenset[str], others: Sequence[str] = ()) -> None:
+        allowed = f"a kind of layer that it runs ({', '.join(self.operators)})"
+        words = f"neither {allowed} nor {' or '.join(others)}" if others else f"not {allowed}"
         for name in sorted(names):
-            if name not in (*self.operators, *MEETINGS):
-                raise TargetError(
-                    f"target {self.name!r} {does} {name!r}, which is neither a kind "
-                    f"of layer that it runs ({', '.join(self.operators)}) nor "
-                    f"{' or '.join(MEETINGS)}"
-                )
+            if name not in (*self.operators, *others):
+                raise TargetError(f"target {self.name!r} {does} {name!r}, which is {words}")
 
     def check(self, candidates: Sequence[Precision], *, products: bool = False) -> None:
         """Refuse candidates that no operator of the target runs.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from fxmpq.errors import PrecisionError
 from fxmpq.formats import Precision
 from fxmpq.graph.findings import Fusion, Join, Missed
 from fxmpq.graph.layers import place_of
@@ -121,6 +122,31 @@ def share_symmetry(shared: SharedRanges, sites: Sequence[Site]) -> None:
         is_symmetric = any(sites[index].is_symmetric for index in members)
         for index in members:
             sites[index].is_symmetric = is_symmetric
+
+
+def check_ranges_are_fixed(
+    shared: SharedRanges, sites: Sequence[Site], groups: Sequence[Group]
+) -> None:
+    """Refuse dynamic formats where tensors have one range: each would find one of its own.
+
+    Args:
+        shared: From `find_shared_ranges`.
+        sites: The same sites.
+        groups: That own them.
+
+    Raises:
+        PrecisionError: If a candidate of such a group has one, with the tensors' places.
+    """
+    by_name: Mapping[str, Group] = {group.name: group for group in groups}
+    for members in shared.classes:
+        for candidate in [c for index in members for c in by_name[sites[index].group].candidates]:
+            if candidate.activation is not None and candidate.activation.dynamic is not None:
+                places = " and ".join(dict.fromkeys(place_of(sites[i].value) for i in members))
+                raise PrecisionError(
+                    f"candidate {candidate} finds a range on each tensor, but those of {places} "
+                    "have one range on this target; give candidates whose ranges are calibrated, "
+                    "as 'w8a8', or keep these layers at one"
+                )
 
 
 def _activation(precision: Precision) -> object:

@@ -7,9 +7,12 @@ from torch import Tensor
 
 from fxmpq.formats import NumberFormat
 from fxmpq.granularity import Dynamic
+from fxmpq.quantizers.grids import middle_code
 
 
-def dynamic_grid(x: Tensor, number_format: NumberFormat) -> tuple[Tensor, Tensor]:
+def dynamic_grid(
+    x: Tensor, number_format: NumberFormat, *, is_symmetric: bool = False
+) -> tuple[Tensor, Tensor]:
     """The scale and zero point that a tensor's own values give, 0 among them.
 
     With `low = min(0, min x)` and `high = max(0, max x)`,
@@ -17,12 +20,14 @@ def dynamic_grid(x: Tensor, number_format: NumberFormat) -> tuple[Tensor, Tensor
         scale = (high - low) / (qmax - qmin)
         zero_point = round(clamp(qmin - low / scale, qmin, qmax))
 
-    in `x`'s own arithmetic, halves to even: ONNX's `DynamicQuantizeLinear`, to the last bit. A
-    range of no width has scale 1.
+    in `x`'s own arithmetic, halves to even: ONNX's `DynamicQuantizeLinear`, to the last bit. If
+    symmetric, `zero_point = 2^(bits - 1)` and
+    `scale = max(high / (2^(bits - 1) - 1), -low / 2^(bits - 1))`. A range of no width has scale 1.
 
     Args:
         x: Any shape, at least one value.
         number_format: Dynamic.
+        is_symmetric: Whether the zero point is the middle of the codes.
 
     Returns:
         Scale and zero point, both like `x`: of shape `[]` for a range per tensor, `[..., 1]` for
@@ -41,14 +46,21 @@ def dynamic_grid(x: Tensor, number_format: NumberFormat) -> tuple[Tensor, Tensor
     else:
         low, high = x.amin(), x.amax()
     low, high = low.clamp(max=0), high.clamp(min=0)
-    qmin, qmax = number_format.qmin, number_format.qmax
-    scale = (high - low) / (qmax - qmin)
+    qmin, qmax, middle = number_format.qmin, number_format.qmax, middle_code(number_format)
+    if is_symmetric:
+        scale = torch.maximum(high / (middle - 1), -low / middle)
+    else:
+        scale = (high - low) / (qmax - qmin)
     # A range of denormal width would make a step of zero.
     scale = torch.where(scale > 0, scale, 1.0)
+    if is_symmetric:
+        return scale, torch.full_like(scale, middle)
     return scale, torch.round((qmin - low / scale).clamp(qmin, qmax))
 
 
-def fake_quantize_dynamic(x: Tensor, number_format: NumberFormat) -> Tensor:
+def fake_quantize_dynamic(
+    x: Tensor, number_format: NumberFormat, *, is_symmetric: bool = False
+) -> Tensor:
     """Round an activation to the grid of its own values, returned in real numbers.
 
     `x_q = scale * (clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point)` on the grid of
@@ -57,6 +69,7 @@ def fake_quantize_dynamic(x: Tensor, number_format: NumberFormat) -> Tensor:
     Args:
         x: Any shape.
         number_format: Dynamic.
+        is_symmetric: Whether the zero point is the middle of the codes.
 
     Returns:
         A tensor like `x`.
@@ -69,7 +82,7 @@ def fake_quantize_dynamic(x: Tensor, number_format: NumberFormat) -> Tensor:
     if not x.numel():
         return x
     found = x.detach()
-    scale, zero_point = dynamic_grid(found, number_format)
+    scale, zero_point = dynamic_grid(found, number_format, is_symmetric=is_symmetric)
     codes = (torch.round(found / scale) + zero_point).clamp(number_format.qmin, number_format.qmax)
     rounded = codes.sub_(zero_point).mul_(scale)
     if not (torch.is_grad_enabled() and x.requires_grad):

@@ -45,7 +45,7 @@ class ActivationQuantizer(nn.Module):
     def quantize(self, x: Tensor, number_format: NumberFormat) -> Tensor:
         """Fake-quantize `x` (any shape) to a format: a dynamic or a calibrated one."""
         if number_format.dynamic is not None:
-            return fake_quantize_dynamic(x, number_format)
+            return fake_quantize_dynamic(x, number_format, is_symmetric=self.is_symmetric)
         found = self.ranges[number_format.name]
         if not number_format.is_integer:
             return fake_quantize_float(x, found.scale, number_format)

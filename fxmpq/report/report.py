@@ -30,8 +30,8 @@ class Entry:
         weight_bytes: Stored weights with their scales; biases are not counted.
         bops: Bit operations for one sample.
         latency_ms: Wall time of one batch of `Report.latency_samples` on one thread.
-        costs: What it costs in metrics that the target or the user has figures for, as cycles;
-            the float model's only where they are known.
+        costs: What it costs in metrics that not every cost table has, as cycles or energy; the
+            float model's only where they are known.
     """
 
     score: float

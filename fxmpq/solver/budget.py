@@ -10,9 +10,9 @@ from pathlib import Path
 
 from fxmpq.artefact import build, check_fields, dump_json, load_json
 from fxmpq.costs.table import CostTable
-from fxmpq.errors import BudgetError, FileFormatError, InfeasibleBudgetError, closest
+from fxmpq.errors import BudgetError, FileFormatError, InfeasibleBudgetError
 from fxmpq.solver.exact import within
-from fxmpq.solver.limits import is_reachable, least_total
+from fxmpq.solver.limits import check_limited, is_reachable, least_total
 
 SCHEMA = "fxmpq.budget"
 VERSION = 1
@@ -190,7 +190,7 @@ class Budget:
                 total.
         """
         if self.minimize is not None:
-            _check_metric(self.minimize, costs)
+            check_limited(self.minimize, costs, _AVERAGE)
         return tuple(_resolve(limit, costs) for limit in self.limits)
 
     def check_feasible(self, costs: CostTable) -> None:
@@ -230,7 +230,7 @@ def infeasible_message(
 
 def _resolve(limit: Limit, costs: CostTable) -> ResolvedLimit:
     metric = "weight_bits" if limit.metric == _AVERAGE else limit.metric
-    _check_metric(metric, costs)
+    check_limited(metric, costs, _AVERAGE)
     if not limit.relative and limit.metric != _AVERAGE:
         return ResolvedLimit(metric, limit.amount, limit.text)
     total = costs.float_total.get(metric)
@@ -241,14 +241,6 @@ def _resolve(limit: Limit, costs: CostTable) -> ResolvedLimit:
         )
     share = limit.amount / _FLOAT_BITS if limit.metric == _AVERAGE else limit.amount
     return ResolvedLimit(metric, share * total, limit.text)
-
-
-def _check_metric(metric: str, costs: CostTable) -> None:
-    if metric not in costs.metrics:
-        legal = [*costs.metrics, _AVERAGE]
-        raise BudgetError(
-            f"no cost {metric!r} to put a budget on; there are {closest(metric, legal, 8)}"
-        )
 
 
 def _split(text: str) -> list[tuple[str, object]]:

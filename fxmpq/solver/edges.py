@@ -98,9 +98,10 @@ def solve_with_edges(
 
     over one precision `c_g` a group, within all rows, whose sums count their own edges. It is
     the program that `solve_program` solves where there are no edges. Numbers are read as the
-    decimals they print as, and what counts as within a limit is decided without rounding. The
-    choice of formats by the number of conversions between layers is the third phase of AIMET's
-    automatic mixed precision; here their cost is part of the one program.
+    decimals they print as, and what counts as within a limit is decided without rounding;
+    objectives nearer to each other than the solver's tolerance count as equal. The choice of
+    formats by the number of conversions between layers is the third phase of AIMET's automatic
+    mixed precision; here their cost is part of the one program.
 
     Args:
         objective: Group to precision to value; values may be negative.

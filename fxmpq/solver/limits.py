@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fxmpq.costs.further import FURTHER
 from fxmpq.costs.table import CostTable
-from fxmpq.errors import BudgetError
+from fxmpq.errors import BudgetError, closest
 from fxmpq.solver.edges import solve_rows
 from fxmpq.solver.exact import allowance, exact, within
 from fxmpq.solver.peaks import minimize_peak, peak_rows
@@ -14,6 +15,29 @@ from fxmpq.solver.ties import smallest
 
 # For a message: an answer in time is worth more than the sharpest one.
 _SECONDS = 10.0
+
+
+def check_limited(metric: str, costs: CostTable, *others: str) -> None:
+    """Refuse a budget on what a cost table does not hold.
+
+    Args:
+        metric: Named by a budget.
+        costs: The table.
+        others: Further names that a budget may have.
+
+    Raises:
+        BudgetError: Saying how to have the cost counted, or naming the closest.
+    """
+    if metric in costs.metrics:
+        return
+    if metric in FURTHER:
+        raise BudgetError(
+            f"the cost table has no {metric!r}; it is added by fxmpq.cost(graph, metric={metric!r})"
+        )
+    legal = [*costs.metrics, *others, *FURTHER]
+    raise BudgetError(
+        f"no cost {metric!r} to put a budget on; there are {closest(metric, legal, 8)}"
+    )
 
 
 def limit_rows(costs: CostTable, metric: str, amount: float) -> list[Row]:

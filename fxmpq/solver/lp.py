@@ -58,7 +58,8 @@ def lp(
     by the exchanges that gain most. `rounding="search"` tries every combination of the candidates
     just below and just above the real bits of the groups in between, and takes the one of least
     loss within the limits, and of those the one closest to the limits; where none fits it steps
-    down as above. At most as many groups are in between as there are limits.
+    down as above. At most as many groups are in between as there are limits, of which a peak has
+    one a moment.
 
     Args:
         sensitivity: Of every group and precision.
@@ -75,7 +76,8 @@ def lp(
 
     Raises:
         InfeasibleBudgetError: If no choice is within all limits.
-        BudgetError: If the time limit passed before the linear program was solved.
+        BudgetError: If the time limit passed before the linear program was solved, or `search`
+            has more than 20,000 combinations to try.
         FxmpqError: If the rounding, the solver or a tie is unknown, or tied groups share no
             precision.
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
 
+from fxmpq.errors import BudgetError
 from fxmpq.solver.instance import Instance, Option
 from fxmpq.solver.relaxation import improved
 
 # Shares this close to 0 or 1 are the solver's rounding.
 _ROUNDING = 1e-6
+# A limit on a peak is one a moment, and that many groups may lie between two candidates.
+_MOST_COMBINATIONS = 20_000
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,13 @@ def _search_around(relaxed: Relaxed) -> list[Option] | None:
         for group, whole in zip(instance.groups, found, strict=True)
     ]
 
+    count = math.prod(map(len, options))
+    if count > _MOST_COMBINATIONS:
+        raise BudgetError(
+            f"rounding='search' would try {count:,} combinations, since {found.count(None)} groups "
+            "lie between two candidates; ask for rounding='nearest', or for program='ilp'"
+        )
+
     def rank(chosen: Sequence[Option]) -> tuple[int, Fraction]:
         used = zip(instance.usage(chosen), instance.limits, strict=True)
         left = sum((1 - Fraction(cost, limit) for cost, limit in used), Fraction(0))
@@ -122,4 +133,7 @@ ROUNDINGS: Mapping[str, Callable[[Relaxed], list[Option] | None]] = {
     "nearest": _round_to_nearest,
     "search": _search_around,
 }
-"""By name; each returns `None` where it finds no choice within the limits."""
+"""By name; each returns `None` where it finds no choice within the limits.
+
+`search` raises `BudgetError` where it would have more than 20,000 combinations to try.
+"""

@@ -10,6 +10,9 @@ from fxmpq.solver.branch import NONE_LEFT, OBJECTIVE_SCALE, Branched, Cover, new
 from fxmpq.solver.instance import Option
 from fxmpq.solver.pairs import Pair, PairedInstance, classes
 
+# Of a limit: what takes less counts as nothing.
+_LEAST_SHARE = 1e-6
+
 Columns = dict[int, mip.Var]
 # What a sum consists of: coefficients and their variables.
 _Sum = tuple[list[float], list[mip.Var]]
@@ -44,7 +47,8 @@ def branch_pairs(
         gap: Relative gap at which it may stop.
 
     Returns:
-        The best solution found, within the solver's tolerance of the limits.
+        The best solution found; its sums may exceed limits by the solver's tolerance, and by
+        what takes less than a millionth of a limit.
     """
     if seconds <= 0:
         return Branched(None, complete=False, bound=0.0)
@@ -126,7 +130,8 @@ def _marginal(model: mip.Model, parts: list[mip.Var], whole: list[mip.Var]) -> N
 
 
 def _add(found: _Sum, cost: int, limit: int, variable: mip.Var) -> None:
-    if cost:
+    # Less than that leads CBC to wrong optima; what then exceeds a limit is cut off by covers.
+    if cost > limit * _LEAST_SHARE:
         found[0].append(cost / limit)
         found[1].append(variable)
 

@@ -51,7 +51,8 @@ def pareto(
     network and needs no labels; a point takes two programs of a few milliseconds each.
 
     What format changes between groups cost (`CostTable.edges`) is counted, which takes about a
-    second a point for 50 groups; further limits may be on peaks too.
+    second a point for 50 groups, and losses nearer to each other than the solver's tolerance then
+    count as equal; further limits may be on peaks too.
 
     A whole front can be long: thousands of plans for 20 groups of 5 candidates, and tens of
     thousands for 75. `points` asks for the plans at that many limits, evenly spaced between the

@@ -166,16 +166,16 @@ def layers_of(graph: fx.GraphModule) -> list[tuple[Layer, Precision]]:
 
 
 def computed_by(graph: fx.GraphModule) -> dict[str, str]:
-    """The last layer before each activation quantizer of a planned graph.
+    """The last layer or product before each activation quantizer of a planned graph.
 
     Args:
         graph: With chosen precisions.
 
     Returns:
-        Layer name by the name of the quantizer's node, in graph order; without quantizers that no
-        layer comes before.
+        Its name by that of the quantizer's node, in graph order; without quantizers that none
+        comes before.
     """
-    names = {layer.node: layer.name for layer, _ in layers_of(graph)}
+    names = {member.node: member.name for g in state_of(graph).groups for member in g.members}
     order = {node: position for position, node in enumerate(graph.graph.nodes)}
     nodes = {node.name: node for node in order}
     found: dict[str, str] = {}

@@ -91,7 +91,7 @@ class Target:
         description: One line for people.
         packages: Modules the converter imports, by the extra that installs them.
         metrics: Cost metrics of its own, by name.
-        latency: Distributions whose versions decide how fast its models run, where they run on
+        latency: Modules whose versions decide how fast its models run, where they run on
             this machine as they will elsewhere; `None` where their latency cannot be measured.
         check: Raises where this machine lacks what is no package, before any work is done.
     """

@@ -271,6 +271,11 @@ def test_a_plan_that_cannot_be_written_leaves_the_module_as_it_was(
         ({"target": "tpu"}, TargetError, "no target 'tpu'"),
         ({"budget": "weights"}, BudgetError, "metric=amount"),
         ({"budget": "weights=0%"}, BudgetError, "greater than zero"),
+        (
+            {"target": "reference", "budget": "latency=60%"},
+            FxmpqError,
+            "latency cannot be measured",
+        ),
         ({"method": "hesian"}, FxmpqError, "no sensitivity method 'hesian'"),
         ({"candidates": ["8bit"]}, PrecisionError, "cannot read the precision '8bit'"),
         ({"keep": {"*": "w9a9"}}, PrecisionError, "legal widths"),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fxmpq.errors import PrecisionError
@@ -24,6 +26,19 @@ def test_names_and_precisions_are_read() -> None:
 def test_one_precision_alone_is_refused(alone: str | Precision, instead: str) -> None:
     with pytest.raises(PrecisionError, match=f"candidates is a list .* write {instead}"):
         read_candidates(alone)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (8, "is a list of precisions, .* found 8"),
+        (["w4a8", 8], "holds precisions, as 'w4a8'; found 8"),
+        ([], "is empty; name precisions"),
+    ],
+)
+def test_what_is_no_list_of_precisions_is_refused(wrong: Any, message: str) -> None:
+    with pytest.raises(PrecisionError, match=f"candidates {message}"):
+        read_candidates(wrong)
 
 
 def test_what_is_no_precision_is_refused() -> None:

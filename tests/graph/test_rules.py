@@ -182,8 +182,9 @@ def test_blocks_can_have_some_sizes_and_float_activations_only(
         ({"quantize_outputs_of": frozenset({"relu"})}, "outputs of 'relu', which is neither"),
         (
             {"quantize_residuals_of": frozenset({"attn"})},
-            "quantizes residuals of 'attn', which is neither",
+            "quantizes residuals of 'attn', which is not a kind of layer that it runs",
         ),
+        ({"quantize_residuals_of": frozenset({"add"})}, "residuals of 'add', which is not"),
         (
             {"unsigned_outputs_of": frozenset({"sofmax"})},
             "unsigned outputs of 'sofmax', which is neither a kind of layer nor",

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from fxmpq.errors import PrecisionError
 from fxmpq.formats import Precision
+from fxmpq.granularity import Dynamic
 from fxmpq.graph.fusions import find_fusions
 from fxmpq.graph.groups import form_groups
 from fxmpq.graph.layers import find_layers
 from fxmpq.graph.prepare import insert_quantizers
-from fxmpq.graph.rules import TargetRules
+from fxmpq.graph.rules import OperatorRule, TargetRules
 from fxmpq.graph.shared_ranges import (
     SharedRanges,
     find_shared_ranges,
@@ -176,3 +178,25 @@ def test_sites_of_one_range_are_symmetric_where_one_of_them_is(
     marked = {index for index, site in enumerate(sites) if site.is_symmetric}
     assert marked == {first, *others}
     assert len(marked) < len(sites)
+
+
+def test_tensors_of_one_range_cannot_each_find_their_own(conv_graph: fx.GraphModule) -> None:
+    widths = OperatorRule(frozenset({8}), frozenset({8}), dynamic=frozenset(Dynamic))
+    rules = TargetRules(
+        "chip",
+        {"conv": widths, "linear": widths},
+        (Precision(8, 8),),
+        quantize_outputs_of=frozenset({"conv", "add"}),
+        shared_ranges=frozenset({"add"}),
+    )
+    names = ["w8a8", "w8a8d"]
+    both = [Precision.parse(name) for name in names]
+    message = "candidate w8a8d finds a range on each tensor, but those of .*conv2.* and .* have one"
+    with pytest.raises(PrecisionError, match=message):
+        insert_quantizers(conv_graph, rules, candidates=both)
+    alone = replace(rules, shared_ranges=frozenset())
+    prepared = insert_quantizers(conv_graph, alone, candidates=both)
+    assert [str(entry) for entry in state_of(prepared).groups[-1].candidates] == names
+    pinned = {"*conv*": both[0], "stem*": both[0], "down*": both[0]}
+    kept = insert_quantizers(conv_graph, rules, candidates=both, keep=pinned)
+    assert [str(entry) for entry in state_of(kept).groups[-1].candidates] == names

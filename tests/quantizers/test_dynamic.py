@@ -68,6 +68,21 @@ def test_a_row_is_quantized_as_if_it_were_alone(x: Tensor, bits: int) -> None:
     assert torch.equal(fake_quantize_dynamic(deep, rows).reshape(4, 9), alone)
 
 
+@given(tensors, widths, st.sampled_from(Dynamic))
+def test_a_symmetric_grid_is_the_smallest_that_reaches_both_ends(
+    x: Tensor, bits: int, dynamic: Dynamic
+) -> None:
+    found, middle = affine(bits, dynamic), 2 ** (bits - 1)
+    scale, zero_point = dynamic_grid(x, found, is_symmetric=True)
+    assert bool((zero_point == middle).all())
+    assert zero_point.shape == scale.shape == dynamic_grid(x, found)[0].shape
+    rows = x.double().reshape(1, -1) if dynamic is Dynamic.TENSOR else x.double()
+    needed = torch.maximum(rows.amax(1) / (middle - 1), -rows.amin(1) / middle)
+    assert torch.allclose(scale.double().flatten(), needed)
+    rounded = fake_quantize_dynamic(x, found, is_symmetric=True)
+    assert bool(((rounded - x).abs() <= scale * (0.52 if bits == 16 else 0.501)).all())
+
+
 def test_halves_go_to_even_codes() -> None:
     x = torch.tensor([0.5, 1.5, 2.5, 255.0])
     assert fake_quantize_dynamic(x, PER_TENSOR).tolist() == [0.0, 2.0, 2.0, 255.0]

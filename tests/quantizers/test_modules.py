@@ -26,6 +26,17 @@ def test_an_activation_passes_untouched_while_off(activation: ActivationQuantize
     assert activation(x) is x
 
 
+@pytest.mark.parametrize(("is_symmetric", "expected"), [(False, [-1.0, 2.0]), (True, [-2.0, 2.0])])
+def test_a_dynamic_format_keeps_to_a_symmetric_range(
+    is_symmetric: bool, expected: list[float]
+) -> None:
+    number_format = NumberFormat(2, Scheme.AFFINE, dynamic=Dynamic.TENSOR)
+    quantizer = ActivationQuantizer("linear", [number_format], is_symmetric)
+    quantizer.activate(number_format)
+    # Steps of 1 from -1 to 2, or of 2 from -4 to 2.
+    assert quantizer(torch.tensor([-1.01, 2.0])).round().tolist() == expected
+
+
 def test_an_activation_takes_the_grid_of_the_active_format(
     activation: ActivationQuantizer,
 ) -> None:

@@ -165,6 +165,15 @@ def test_mistakes_are_found_before_anything_is_loaded(
         run_recipe(recipe, Console(file=io.StringIO()))
 
 
+def test_what_nothing_here_measures_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "load", lambda recipe: pytest.fail("it loads"))
+    asked = ["target=reference", "budget=latency=60%", f"output={tmp_path}"]
+    with pytest.raises(FxmpqError, match="latency cannot be measured for target 'reference'"):
+        run_recipe(open_recipe("resnet.yaml", asked), Console(file=io.StringIO()))
+
+
 def test_a_budget_out_of_reach_is_explained(tmp_path: Path) -> None:
     recipe = open_recipe(
         "resnet.yaml", [*FEW, "target=reference", "budget=weights=5%", f"output={tmp_path}"]

@@ -149,9 +149,16 @@ def test_an_unknown_cost_shows_the_legal_ones(budget: str) -> None:
         Budget.parse(budget).resolve(TABLE)
     assert "'weights'" in str(caught.value)
     with pytest.raises(BudgetError) as caught:
-        Budget.parse("energy=3").resolve(TABLE)
+        Budget.parse("joules=3").resolve(TABLE)
     for legal in ("weights", "weight_bits", "latency", "avg_weight_bits"):
         assert repr(legal) in str(caught.value)
+
+
+def test_a_cost_that_is_counted_where_it_is_asked_for_says_how() -> None:
+    with pytest.raises(BudgetError, match=r"add.* by fxmpq.cost\(graph, metric='energy'\)"):
+        Budget.parse("energy=3").resolve(TABLE)
+    with pytest.raises(BudgetError, match="no cost 'enrgy' .*; there are 'energy'"):
+        Budget.parse("enrgy=3").resolve(TABLE)
 
 
 @pytest.mark.parametrize("total", [{}, {"latency": 0}])

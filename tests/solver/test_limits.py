@@ -11,6 +11,7 @@ from fxmpq.costs.table import CostTable
 from fxmpq.costs.terms import Edge, Moment
 from fxmpq.errors import BudgetError
 from fxmpq.solver import limits as module
+from fxmpq.solver.edges import solve_rows
 from fxmpq.solver.exact import within
 from fxmpq.solver.limits import is_reachable, least_total, limit_rows
 from fxmpq.solver.program import Row, Solution
@@ -76,6 +77,13 @@ def test_each_kind_of_limit_becomes_its_rows() -> None:
         Row({"a": row, "b": zeros}, 27),
         Row({"a": zeros, "b": row}, 30),
     ]
+
+
+def test_a_limit_that_a_choice_meets_exactly_is_met_beside_a_large_fixed_part() -> None:
+    # 1000.3 - 1000.0 is 0.2999999999999545.
+    table = CostTable({"us": {"a": {"w8a8": 0.3, "fp32": 0.4}}}, fixed={"us": 1000.0})
+    (row,) = limit_rows(table, "us", 1000.3)
+    assert solve_rows({"a": {"w8a8": 1.0, "fp32": 0.0}}, [row]).choices == {"a": "w8a8"}
 
 
 def test_without_the_time_for_a_proof_it_is_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:

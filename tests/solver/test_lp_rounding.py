@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import pytest
+
+from fxmpq.errors import BudgetError
 from fxmpq.solver.instance import Instance, Option
 from fxmpq.solver.lp_rounding import ROUNDINGS, Relaxed
 
@@ -59,3 +62,13 @@ def test_the_search_takes_the_best_that_fits_of_those_around() -> None:
 def test_where_nothing_fits_there_is_no_choice() -> None:
     for rounding in ROUNDINGS.values():
         assert rounding(relaxed(5, *HALF)) is None
+
+
+def test_too_many_combinations_are_refused() -> None:
+    groups = tuple((Option(2 * g, 1, (1,)), Option(2 * g + 1, 0, (3,))) for g in range(15))
+    keys = range(30)
+    bits = {key: 4 + 4 * (key % 2) for key in keys}
+    half = Relaxed(Instance(groups, (30,)), dict.fromkeys(keys, 0.5), bits)
+    with pytest.raises(BudgetError, match=r"32,768 combinations, since 15 groups lie"):
+        ROUNDINGS["search"](half)
+    assert ROUNDINGS["nearest"](half) is not None

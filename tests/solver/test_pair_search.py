@@ -210,3 +210,47 @@ def test_ends_that_no_limit_lets_meet_leave_no_choice() -> None:
     paired = PairedInstance(Instance(groups, (5, 5)), (Pair(0, 1, entries),))
     assert find_optimum(paired.instance, solver="cbc", time_limit=30, max_gap=0.0) is not None
     assert find_paired_optimum(paired, solver="cbc", time_limit=30, max_gap=0.0) is None
+
+
+def test_terms_of_a_few_in_ten_million_lead_to_no_wrong_optimum() -> None:
+    million = 10**6
+    groups = (
+        (
+            Option(1, 0, (0, 15 * million)),
+            Option(2, 1, (19_999_997, 15_000_004)),
+            Option(0, 5 * million, (24_999_996, 0)),
+        ),
+        (Option(3, 0, (0, 20_000_002)), Option(4, 20 * million, (2, 0))),
+        (Option(5, 0, (0, 0)), Option(6, 20_000_001, (9_999_999, 10_000_001))),
+        (
+            Option(7, 0, (5_000_002, 9_999_995)),
+            Option(8, 2, (0, 4_999_999)),
+            Option(9, 10 * million, (5_000_001, 0)),
+        ),
+        (Option(10, 0, (15 * million, 0)), Option(12, 5_000_001, (0, 10_000_001))),
+    )
+    takes = {
+        (1, 4): {(4, 10): (0, 10_000_002, 2)},
+        (0, 1): {(0, 3): (0, 5_000_003, 0), (2, 3): (0, 3, 0)},
+        (0, 4): {(2, 10): (0, 2, 0), (0, 12): (0, 5 * million, 0), (1, 12): (0, 10_000_001, 0)},
+        (0, 2): {(0, 6): (0, 0, 5 * million), (2, 6): (0, 0, 4_999_997)},
+        (1, 2): {(3, 5): (0, 0, 2), (4, 6): (0, 0, 9_999_998)},
+        (1, 3): {(3, 8): (0, 0, 4_999_995), (4, 7): (0, 0, 10_000_007)},
+    }
+    pairs = tuple(
+        Pair(
+            left,
+            right,
+            {
+                (a.key, b.key): found.get((a.key, b.key), (0, 0, 0))
+                for a in groups[left]
+                for b in groups[right]
+            },
+        )
+        for (left, right), found in takes.items()
+    )
+    paired = PairedInstance(Instance(groups, (62_117_756, 29_999_997)), pairs)
+    best = find_paired_optimum(paired, solver="cbc", time_limit=60.0, max_gap=0.0)
+    assert best is not None
+    # CBC alone ends at 20,000,002.
+    assert (best.objective, best.keys) == (15 * million, frozenset({0, 3, 5, 9, 10}))

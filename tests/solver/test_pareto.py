@@ -236,7 +236,7 @@ def test_a_unit_and_a_fingerprint_reach_the_plans() -> None:
         ({"solver": "gurobi"}, "no solver 'gurobi'; there are 'cbc', 'highs'"),
         ({"points": 1}, "points=1 is no front; ask for 2 or more"),
         ({"limits": "minimize=bops,loss=1"}, "minimises one"),
-        ({"limits": {"energy": 3}}, "no cost 'energy' to put a budget on"),
+        ({"limits": {"joules": 3}}, "no cost 'joules' to put a budget on"),
         ({"limits": {"bops": 1}}, "bops=1: at most 1; the smallest value reachable is"),
         ({"limits": {"weights": "1%"}}, "no choice of precisions meets the budget"),
         ({"ties": [["g0", "g9"]]}, "'g9', which is no group"),

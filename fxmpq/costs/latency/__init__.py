@@ -1,4 +1,6 @@
-"""Latency, measured on this machine: CPU milliseconds of one thread, unless torch has more.
+"""Latency, measured on this machine: milliseconds, of CPU time where torch has one thread.
+
+Where it has more, they are of the time that passes.
 
 What is modelled. A plan takes
 
@@ -19,7 +21,7 @@ What is modelled. A plan takes
   differs is put on the groups in proportion. So a uniform plan costs what was measured; of
   mixed plans nothing was.
 
-Runs take turns, and each one's least CPU time of thirty rounds counts. Times are kept on disk
-(`cache_folder`), under all that decides them: the versions of the runtime and of torch, CPU,
+Runs take turns, and each one's least time of thirty rounds counts. Times are kept on disk
+(`cache_folder`), under all that decides them: the versions of the runtime, torch and fxmpq, CPU,
 threads, precisions, and what is computed on which shapes.
 """

@@ -65,7 +65,8 @@ def assemble(
         units: Their units, with the signatures of their pieces.
         joints: The junctions between them.
         times: That of every unit at each candidate of its group; of every joint at the pairs of
-            precisions that its groups may have; of the whole model at each anchor, and in float.
+            precisions that its groups may have, and of its ends in float where one of these is
+            not on codes; of the whole model at each anchor, and in float.
         anchors: Plans at which the prediction is made to agree, most of the groups at one
             precision.
 
@@ -235,8 +236,8 @@ class _Model:
 
 
 def has_codes(precision: Precision) -> bool:
-    """Whether layers at this precision read and write codes."""
-    return precision.activation is not None
+    """Whether layers at this precision read and write codes whose ranges are known beforehand."""
+    return precision.activation is not None and precision.activation.dynamic is None
 
 
 def _in_milliseconds(edge: Edge) -> Edge:

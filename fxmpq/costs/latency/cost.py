@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import fx
 
 from fxmpq.costs.cost import count
 from fxmpq.costs.latency.assemble import Joint, Times, assemble, has_codes
-from fxmpq.costs.latency.cut import cut
+from fxmpq.costs.latency.cut import Piece, cut
 from fxmpq.costs.latency.measure import FLOAT, Measurer, Wanted
 from fxmpq.costs.latency.places import Junction, Unit, find_junctions, find_units
 from fxmpq.costs.latency.runtime import Runtime
 from fxmpq.costs.latency.store import TimeStore, cache_folder
+from fxmpq.costs.latency.timing import clock_for
 from fxmpq.costs.latency.variants import Choice
 from fxmpq.costs.parts import MetricParts
 from fxmpq.graph.rules import TargetRules
@@ -28,9 +29,9 @@ def latency_cost(
     runtime: Runtime,
     *,
     progress: bool = False,
-    clock: Callable[[], float] = time.process_time,
+    clock: Callable[[], float] | None = None,
 ) -> MetricParts:
-    """Measure what each group costs at each of its candidates, in milliseconds of CPU time.
+    """Measure what each group costs at each of its candidates, in milliseconds.
 
     See `fxmpq.costs.latency` for what is modelled.
 
@@ -39,7 +40,7 @@ def latency_cost(
         rules: Of the target it was prepared for.
         runtime: The target's.
         progress: Whether to show a progress bar.
-        clock: CPU time of this process, in seconds.
+        clock: Tells the time, in seconds; `clock_for` torch's threads by default.
 
     Returns:
         Milliseconds for one sample of the example's shape, or for the example where the trace
@@ -49,12 +50,12 @@ def latency_cost(
     groups = {group.name: group for group in state.groups}
     units = find_units(state)
     wanted = Wanted()
-    pieces: dict[Unit, str] = {}
+    pieces: dict[Unit, Piece] = {}
     for unit in units:
-        piece = cut(graph, unit.nodes, unit.nodes[-1])
+        pieces[unit] = cut(graph, unit.nodes, unit.nodes[-1])
         # What is left in float is told by the whole model where no group may be float.
         names = [str(entry) for entry in groups[unit.group].candidates]
-        pieces[unit] = wanted.add(piece, [(name,) for name in names])
+        wanted.add(pieces[unit], [(name,) for name in names])
     joints = []
     for junction in find_junctions(graph, units, rules):
         codes = _standing_for_codes(junction, groups)
@@ -62,13 +63,20 @@ def latency_cost(
             piece = cut(graph, junction.nodes, junction.reader.nodes[-1])
             signature = wanted.add(piece, _pairs(junction, codes, groups))
             joints.append(Joint(junction, signature, codes))
-    measurer = Measurer(rules, runtime, TimeStore(cache_folder() / _FOLDER), clock, progress)
+            # Float stands for all precisions that are not on codes, as weights alone in low bits.
+            for unit in (junction.producer, junction.reader):
+                if _is_mixed(groups[unit.group]):
+                    wanted.add(pieces[unit], [(FLOAT,)])
+    store = TimeStore(cache_folder() / _FOLDER)
+    clock = clock or clock_for(torch.get_num_threads())
+    measurer = Measurer(rules, runtime, store, clock, progress)
     found = measurer.pieces(wanted)
     anchors = _anchors(graph)
     in_float: Choice = (FLOAT,) * len(groups)
     whole = measurer.whole(graph, list(dict.fromkeys([*anchors, in_float])))
     times = Times(found, measurer.call(), whole)
-    return assemble(state.groups, pieces, joints, times, anchors)
+    signatures = {unit: piece.signature for unit, piece in pieces.items()}
+    return assemble(state.groups, signatures, joints, times, anchors)
 
 
 def _standing_for_codes(junction: Junction, groups: Mapping[str, Group]) -> Choice | None:
@@ -84,9 +92,13 @@ def _pairs(junction: Junction, codes: Choice, groups: Mapping[str, Group]) -> li
     """The precisions to measure a junction at: codes or not on each side, as groups may have it."""
     sides: list[list[str]] = []
     for unit, name in zip((junction.producer, junction.reader), codes, strict=True):
-        is_mixed = any(not has_codes(entry) for entry in groups[unit.group].candidates)
-        sides.append([name, FLOAT] if is_mixed else [name])
+        sides.append([name, FLOAT] if _is_mixed(groups[unit.group]) else [name])
     return [(made, read) for made in sides[0] for read in sides[1]]
+
+
+def _is_mixed(group: Group) -> bool:
+    """Whether it may be on something else than codes."""
+    return not all(map(has_codes, group.candidates))
 
 
 def _anchors(graph: fx.GraphModule) -> list[Choice]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxmpq.graph.attributes import get_tensor
-from fxmpq.graph.batches import batch_size
+from fxmpq.graph.batches import batch_size, fixed_size
 from fxmpq.graph.operators import OPERATORS, argument
 from fxmpq.graph.state import node_shape, state_of
 from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
 
 _SEED = 0
+_SYMBOL = re.compile(r"[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +82,16 @@ class _Copier:
         self._described: list[str] = []
         self._generator = torch.Generator().manual_seed(_SEED)
         state = state_of(graph)
-        self._samples = batch_size(state.example) if state.dynamic else 1
+        self._samples = batch_size(state.example)
+        inputs = [node.meta.get("val") for node in graph.graph.find_nodes(op="placeholder")]
+        self._batches = {
+            str(value.shape[0])
+            for value in inputs
+            if state.dynamic
+            and isinstance(value, Tensor)
+            and value.dim()
+            and fixed_size(value.shape[0]) is None
+        }
 
     def copy(self, node: fx.Node) -> None:
         """Copy a node whose inputs within the piece are there."""
@@ -141,12 +152,18 @@ class _Copier:
                 first.prepend(made)
         return made
 
+    def _of_one_sample(self, size: int, traced: int | torch.SymInt) -> int:
+        """A size of the example as it is for one sample; samples may be flattened into it."""
+        is_free = fixed_size(traced) is None
+        has_samples = is_free and self._batches & set(_SYMBOL.findall(str(traced)))
+        return max(size // self._samples, 1) if has_samples else size
+
     def _drawn(self, reader: fx.Node, node: fx.Node) -> Tensor:
         """Values of the shape and type that a node has in the example."""
         found, value = node_shape(node), node.meta["val"]
         assert found is not None
-        # Samples come first, or with tokens flattened into them; elsewhere it is as much work.
-        shape = (max(found[0] // self._samples, 1), *found[1:]) if found else found
+        sizes = zip(found, value.shape, strict=True)
+        shape = tuple(self._of_one_sample(size, traced) for size, traced in sizes)
         if value.dtype.is_floating_point:
             return torch.randn(shape, generator=self._generator).to(value.dtype)
         operator = OPERATORS.get(reader.target)

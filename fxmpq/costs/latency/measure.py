@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -62,14 +61,14 @@ class Measurer:
         rules: The target's.
         runtime: The target's.
         store: Of times.
-        clock: CPU time of this process, in seconds.
+        clock: Tells the time, in seconds.
         progress: Whether to show a progress bar.
     """
 
     rules: TargetRules
     runtime: Runtime
     store: TimeStore
-    clock: Callable[[], float] = time.process_time
+    clock: Callable[[], float]
     progress: bool = False
 
     def pieces(self, wanted: Wanted) -> PieceTimes:

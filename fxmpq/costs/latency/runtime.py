@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ class Runtime:
     Args:
         name: The target's name.
         load: Takes a planned graph and returns what runs a batch.
-        packages: Distributions whose versions decide how fast models run.
+        packages: Modules whose versions decide how fast models run.
     """
 
     name: str
@@ -34,16 +34,21 @@ class Runtime:
         """All that decides how fast a model runs besides the model.
 
         Returns:
-            The target's name, the versions of its packages and of torch, the name of
+            The target's name, the versions of its packages, of torch and of fxmpq, the name of
             the CPU and the number of threads.
         """
-        packages = dict.fromkeys([*self.packages, "torch"])
+        packages = dict.fromkeys([*self.packages, "torch", "fxmpq"])
         return {
             "target": self.name,
-            "packages": ", ".join(f"{name} {version(name)}" for name in packages),
+            "packages": ", ".join(f"{name} {_version(name)}" for name in packages),
             "cpu": cpu_name(),
             "threads": torch.get_num_threads(),
         }
+
+
+def _version(package: str) -> str:
+    """A package's version, also where another distribution than that of its name brought it."""
+    return str(import_module(package).__version__)
 
 
 def cpu_name(table: Path = Path("/proc/cpuinfo")) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def cache_folder() -> Path:
 
     Returns:
         The folder that `FXMPQ_CACHE` in the environment names, else `fxmpq` in that of
-        `XDG_CACHE_HOME`, else `~/.cache/fxmpq`. Deleting it loses nothing but time.
+        `XDG_CACHE_HOME`, else `~/.cache/fxmpq`, and where the user has no home folder one beside
+        temporary files. Deleting it loses nothing but time.
 
     Examples:
         >>> from unittest.mock import patch
@@ -37,7 +39,12 @@ def cache_folder() -> Path:
     if named:
         return Path(named)
     home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "fxmpq"
+    if home:
+        return Path(home) / "fxmpq"
+    try:
+        return Path.home() / ".cache" / "fxmpq"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / "fxmpq"
 
 
 class TimeStore:
@@ -66,11 +73,8 @@ class TimeStore:
         Args:
             key: Plain data.
         """
-        path = self._path(key)
-        if not path.is_file():
-            return None
         try:
-            found = load_json(SCHEMA, VERSION, path)
+            found = load_json(SCHEMA, VERSION, self._path(key))
         except FileFormatError:
             return None
         seconds = found.get("seconds")

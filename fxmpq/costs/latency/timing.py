@@ -11,13 +11,25 @@ ROUNDS = 30
 _WARM_UP = 3
 
 
+def clock_for(threads: int) -> Callable[[], float]:
+    """What tells how long a run takes, in seconds.
+
+    One thread's CPU time leaves out what other processes take. That of several threads would be
+    their sum, waiting included, so there the time that passes counts.
+
+    Args:
+        threads: That a run computes in.
+    """
+    return time.process_time if threads == 1 else time.perf_counter
+
+
 def cpu_seconds(
     runs: Sequence[Callable[[], object]],
     *,
     rounds: int = ROUNDS,
     clock: Callable[[], float] = time.process_time,
 ) -> list[float]:
-    """CPU time of each run, all of them taking turns.
+    """Time of each run, all of them taking turns; by default CPU time.
 
     In a round everything runs once, so that a slow minute of the machine is nobody's
     disadvantage, and each finds its weights as cold as they are in a model of many layers. The

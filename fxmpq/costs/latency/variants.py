@@ -15,6 +15,7 @@ from fxmpq.errors import FxmpqError
 from fxmpq.formats import Precision
 from fxmpq.graph.batches import Batch, batch_size
 from fxmpq.graph.prepare import insert_quantizers
+from fxmpq.graph.products import PRODUCT, find_products
 from fxmpq.graph.rules import TargetRules
 from fxmpq.graph.state import copy_graph, state_of, with_state
 from fxmpq.graph.switch import with_choices
@@ -56,12 +57,12 @@ def load_piece(
         FxmpqError: If the piece has other groups than the choices name.
     """
     wanted = dict.fromkeys(Precision.parse(name) for choice in choices for name in choice)
-    prepared = insert_quantizers(
-        trace(piece.module, piece.inputs),
-        rules,
-        candidates=tuple(wanted),
-        products=any(entry.weight is None and not entry.is_float for entry in wanted),
-    )
+    traced = trace(piece.module, piece.inputs)
+    products = PRODUCT in rules.operators and bool(find_products(traced))
+    if products and all(entry.activation is None for entry in wanted):
+        # A product has a group only where some candidate quantizes it.
+        wanted |= dict.fromkeys(rules.default_candidates)
+    prepared = insert_quantizers(traced, rules, candidates=tuple(wanted), products=products)
     batch = piece.inputs if state_of(prepared).dynamic else None
     return load_graph(calibrated_on_example(prepared), choices, runtime, batch)
 

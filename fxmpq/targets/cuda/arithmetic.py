@@ -216,8 +216,9 @@ def int4_product(
     rows = padded_rows(x.to(torch.bfloat16), inner, 1)
     is_cpu = x.device.type == "cpu"
     multiply = torch._weight_int4pack_mm_for_cpu if is_cpu else torch._weight_int4pack_mm
-    found = multiply(rows, packed, block, scales_and_zeros).narrow(1, 0, outer)
-    y = found.reshape(*x.shape[:-1], outer).to(dtype)
+    found = multiply(rows, packed, block, scales_and_zeros)
+    wanted = found.narrow(0, 0, x.shape[:-1].numel()).narrow(1, 0, outer)
+    y = wanted.reshape(*x.shape[:-1], outer).to(dtype)
     return y if bias is None else y + bias
 
 

@@ -48,14 +48,15 @@ def convert_executorch(graph: fx.GraphModule, output: Path | None, rules: Target
 
     @cache
     def exposed() -> tuple[ExecutorchModel, int]:
-        shown = to_xnnpack_form(graph, rules)
-        before = return_activations(shown, rules)
-        further, all_sizes = _lower(shown)
-        return ExecutorchModel(further.data, all_sizes), before
+        all_shown = to_xnnpack_form(graph, rules)
+        shown = return_activations(all_shown, rules)
+        further, all_sizes = _lower(all_shown)
+        return ExecutorchModel(further.data, all_sizes), shown
 
     def layer_values(batch: Batch) -> Sequence[LayerValue]:
-        model, before = exposed()
-        values = model(flat_inputs(graph, batch))[before:]
+        model, shown = exposed()
+        values = model(flat_inputs(graph, batch))
+        values = values[len(values) - shown :]
         quantized = dict(zip(active_quantizers(graph), values, strict=True))
         layers = computed_by(graph).items()
         return [LayerValue(layer, name, quantized[name]) for name, layer in layers]

@@ -24,7 +24,7 @@ def return_activations(graph: fx.GraphModule, rules: TargetRules) -> int:
         rules: The target's.
 
     Returns:
-        How many outputs it had before.
+        How many they are; they are its last outputs.
     """
     output = graph.graph.output_node()
     leaves = [leaf for leaf in pytree.tree_leaves(output.args) if isinstance(leaf, fx.Node)]
@@ -43,4 +43,4 @@ def return_activations(graph: fx.GraphModule, rules: TargetRules) -> int:
     described["pytree_info"] = described["pytree_info"]._replace(out_spec=spec)
     graph.graph.set_codegen(codegen)
     graph.recompile()
-    return len(leaves)
+    return len(shown)

@@ -45,7 +45,7 @@ class ExecutorchModel:
         self._method = method
 
     def __call__(self, inputs: Sequence[object]) -> list[Tensor]:
-        """Run on flat inputs and return the flat outputs.
+        """Run on flat inputs and return the tensors among the flat outputs.
 
         Raises:
             BatchError: If a size is more than what the file was written for.
@@ -54,7 +54,10 @@ class ExecutorchModel:
         """
         leaves = [leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf for leaf in inputs]
         try:
-            parts = [self._method.execute(part) for part in self._sizes.split(leaves)]
+            parts = [
+                [leaf for leaf in self._method.execute(part) if isinstance(leaf, Tensor)]
+                for part in self._sizes.split(leaves)
+            ]
         except RuntimeError as error:
             raise TargetError(
                 f"ExecuTorch cannot run this model: {error}; it wrote the reason to standard "

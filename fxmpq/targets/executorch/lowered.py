@@ -8,11 +8,11 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from fxmpq.errors import TargetError
-from fxmpq.graph.export import quiet_torch
 from fxmpq.targets.executorch.packages import (
     EdgeCompileConfig,
     Runtime,
     XnnpackPartitioner,
+    quiet_packages,
     to_edge_transform_and_lower,
 )
 from fxmpq.targets.executorch.places import Place, layer_places
@@ -42,7 +42,7 @@ def lower_program(program: ExportedProgram) -> Lowered:
         TargetError: If ExecuTorch cannot take the program, or has no kernel for an operator,
             naming it.
     """
-    with quiet_torch():
+    with quiet_packages():
         try:
             # What it checks is that operators are core ATen; those with kernels are more.
             config = EdgeCompileConfig(_check_ir_validity=False)

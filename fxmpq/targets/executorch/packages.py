@@ -8,24 +8,39 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 
 from fxmpq.graph.export import quiet_torch
 
 WAS_LOADED = "executorch.extension.pybindings._C" in sys.modules
 """Whether the runtime was in this process before, and so perhaps programs that hold its threads."""
 
-_handlers = list(logging.root.handlers)
-try:
-    with quiet_torch():
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
-        from executorch.exir._serialize._flatbuffer import _flatc_decompile as flatc_decompile
-        from executorch.extension.pybindings.portable_lib import (
-            _unsafe_reset_threadpool as reset_threads,
-        )
-        from executorch.runtime import Runtime
-finally:
-    logging.root.handlers[:] = _handlers
+
+@contextmanager
+def quiet_packages() -> Iterator[None]:
+    """Keep back what ExecuTorch and torch say, and undo what they change for all of a process.
+
+    Logging to Python's root logger gives that a handler, and lowering draws random numbers.
+    """
+    handlers = list(logging.root.handlers)
+    try:
+        with quiet_torch(), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        logging.root.handlers[:] = handlers
+
+
+with quiet_packages():
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+    from executorch.exir._serialize._flatbuffer import _flatc_decompile as flatc_decompile
+    from executorch.extension.pybindings.portable_lib import (
+        _unsafe_reset_threadpool as reset_threads,
+    )
+    from executorch.runtime import Runtime
 
 __all__ = [
     "WAS_LOADED",
@@ -33,6 +48,7 @@ __all__ = [
     "Runtime",
     "XnnpackPartitioner",
     "flatc_decompile",
+    "quiet_packages",
     "reset_threads",
     "to_edge_transform_and_lower",
 ]

@@ -13,6 +13,7 @@ from fxmpq.targets.decomposed import to_decomposed
 from fxmpq.targets.executorch.embeddings import pack_embeddings
 from fxmpq.targets.lowering import finish, store_tensor
 from fxmpq.targets.qdq import layers_of
+from fxmpq.targets.two_dimensions import IN_TWO_DIMENSIONS, geometry_of_two
 
 aten = torch.ops.aten
 own = torch.ops.fxmpq
@@ -35,7 +36,8 @@ def to_xnnpack_form(graph: fx.GraphModule, rules: TargetRules) -> fx.GraphModule
     are on both sides; the scale of an output channel is large enough for its bias, which is stored
     in 32-bit units of input scale times weight scale; 4-bit weights of an odd number of inputs
     are kept in bytes; low-bit embeddings are packed. A layer that XNNPACK has no integer kernel
-    for, as one whose result the plan keeps in float for all that read it, gets float weights.
+    for, as one whose result the plan keeps in float for all that read it, gets float weights;
+    float convolutions over one dimension are over two.
 
     Args:
         graph: With chosen precisions; not changed.
@@ -62,6 +64,9 @@ def to_xnnpack_form(graph: fx.GraphModule, rules: TargetRules) -> fx.GraphModule
             _make_float(rewritten, node, weight)
         else:
             _hold_bias(rewritten, node, weight, *grids)
+    for node in list(rewritten.graph.nodes):
+        if node.target in IN_TWO_DIMENSIONS and node.args[1].op == "get_attr":
+            _widen_float(rewritten, node)
     pack_embeddings(rewritten)
     finish(rewritten)
     return rewritten
@@ -191,3 +196,22 @@ def _make_float(graph: fx.GraphModule, node: fx.Node, weight: fx.Node) -> None:
     scale = per_channel(get_tensor(graph, str(channels.target)), codes.dim(), 0)
     real = store_tensor(graph, str(stored.target).replace("codes", "real", 1), codes * scale, node)
     node.replace_input_with(weight, real)
+
+
+def _widen_float(graph: fx.GraphModule, conv: fx.Node) -> None:
+    """Compute a float convolution over one dimension as one over two.
+
+    ExecuTorch 1.5 does so too, but takes the codes that a float layer reads or hands on for its
+    own, and refuses it.
+    """
+    source, weight, *bias = conv.args[:3]
+    assert isinstance(weight, fx.Node)
+    name = str(weight.target)
+    stored = store_tensor(graph, name, get_tensor(graph, name).unsqueeze(2), conv)
+    with graph.graph.inserting_before(conv):
+        wide = graph.graph.call_function(aten.unsqueeze.default, (source, 2))
+    with graph.graph.inserting_after(conv):
+        narrow = graph.graph.call_function(aten.squeeze.dim, (conv, 2))
+    conv.replace_all_uses_with(narrow, lambda user: user is not narrow)
+    conv.args = (wide, stored, *bias, *geometry_of_two(conv))
+    conv.target = IN_TWO_DIMENSIONS[conv.target]

@@ -24,7 +24,7 @@ class FreeSizes:
 
     Args:
         limits: For each input, the largest size of its free dimensions, by dimension.
-        batched: Whether each output holds a row a sample.
+        batched: Whether each output that is a tensor holds a row a sample.
     """
 
     limits: tuple[Mapping[int, int], ...]
@@ -49,8 +49,9 @@ class FreeSizes:
         leaves = pytree.tree_leaves(graph.output_node().args)
         values = [leaf.meta.get("val") for leaf in leaves if isinstance(leaf, fx.Node)]
         batched = tuple(
-            isinstance(value, Tensor) and value.dim() > 0 and str(value.shape[0]) in samples
+            value.dim() > 0 and str(value.shape[0]) in samples
             for value in values
+            if isinstance(value, Tensor)
         )
         return cls(tuple(limits), batched)
 

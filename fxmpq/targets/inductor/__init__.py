@@ -57,6 +57,5 @@ INDUCTOR = Target(
     convert=_convert,
     description="compiled by torch.compile to oneDNN's int8 CPU kernels; the rest float",
     packages={},
-    latency=("torch",),
     check=_check,
 )

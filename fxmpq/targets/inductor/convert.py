@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, fx
 
+from fxmpq.errors import TargetError
 from fxmpq.graph.batches import Batch, flat_inputs
 from fxmpq.graph.state import state_of
 from fxmpq.targets.inductor.compiled import CompiledGraph
@@ -34,11 +35,19 @@ def convert_inductor(graph: fx.GraphModule, output: Path | None) -> Converted:
         The converted model; its `module` is a `CompiledGraph`.
 
     Raises:
-        TargetError: If there is no C++ compiler.
+        TargetError: If there is no C++ compiler, or what it made of the model fails.
     """
     check_compiler()
     compiled = CompiledGraph(inductor_program(graph))
-    compiled(state_of(graph).example)
+    try:
+        compiled(state_of(graph).example)
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = " ".join([type(error).__name__, *lines[:1]])
+        raise TargetError(
+            f"torch's compiler cannot run this model: {said}. Target 'onnxruntime' "
+            "may, and 'reference' does"
+        ) from error
 
     def run(batch: Batch) -> Sequence[Tensor]:
         return compiled(flat_inputs(graph, batch))

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import fx
-from torch._ops import OpOverload
-from torch.fx.node import Argument
 
 from fxmpq.graph.attributes import get_tensor
+from fxmpq.targets.two_dimensions import IN_TWO_DIMENSIONS, geometry_of_two
 
 aten = torch.ops.aten
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 DEQUANTIZE_WEIGHT = torch.ops.quantized_decomposed.dequantize_per_channel.default
-
-_IN_TWO_DIMENSIONS: Mapping[object, OpOverload] = {
-    aten.conv1d.default: aten.conv2d.default,
-    aten.conv1d.padding: aten.conv2d.padding,
-}
 
 
 def rewrite_for_compiler(graph: fx.GraphModule) -> None:
@@ -36,7 +28,7 @@ def rewrite_for_compiler(graph: fx.GraphModule) -> None:
             _pool_codes(graph, node)
         elif node.target is aten.linear.default:
             _lay_out_codes(graph, node)
-        elif node.target in _IN_TWO_DIMENSIONS:
+        elif node.target in IN_TWO_DIMENSIONS:
             _widen(graph, node)
     for node in graph.graph.find_nodes(op="call_function", target=DEQUANTIZE_WEIGHT):
         name = str(node.args[2].target)
@@ -83,8 +75,9 @@ def _lay_out_codes(graph: fx.GraphModule, linear: fx.Node) -> None:
 def _widen(graph: fx.GraphModule, conv: fx.Node) -> None:
     """Compute a convolution over one dimension as one over two; torch 2.13 fails to compile it."""
     source, weight = _reads_codes(conv), conv.args[1]
-    if source is None or not isinstance(weight, fx.Node):
+    if source is None or getattr(weight, "target", None) is not DEQUANTIZE_WEIGHT:
         return
+    assert isinstance(weight, fx.Node)
     stored = weight.args[0]
     assert isinstance(stored, fx.Node)
     name = f"{stored.target}_2d"
@@ -95,15 +88,8 @@ def _widen(graph: fx.GraphModule, conv: fx.Node) -> None:
     with graph.graph.inserting_before(source):
         source.update_arg(0, call(aten.unsqueeze.default, (source.args[0], 2)))
     with graph.graph.inserting_before(conv):
-        strides = [
-            _of_two(entry, fill) for entry, fill in zip(conv.args[3:6], (1, 0, 1), strict=False)
-        ]
-        wide = call(_IN_TWO_DIMENSIONS[conv.target], (*conv.args[:3], *strides, *conv.args[6:]))
+        operands = (*conv.args[:3], *geometry_of_two(conv))
+        wide = call(IN_TWO_DIMENSIONS[conv.target], operands)
         narrow = call(aten.squeeze.dim, (wide, 2))
     conv.replace_all_uses_with(narrow)
     graph.graph.erase_node(conv)
-
-
-def _of_two(value: Argument, fill: int) -> Argument:
-    """A stride, padding or dilation with an entry for the new dimension in front."""
-    return [fill, *value] if isinstance(value, (list, tuple)) else value

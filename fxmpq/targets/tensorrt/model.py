@@ -8,13 +8,18 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx.checker
+import onnx.inliner
 import onnx.numpy_helper
 
 _EXTERNAL = onnx.TensorProto.EXTERNAL
+_STANDARD = ("", "ai.onnx")
 
 
 class LintedModel:
     """A model with what rules look up; each table is made once.
+
+    Calls of the model's own functions are replaced by what these compute.
 
     Args:
         proto: It is only read.
@@ -24,7 +29,7 @@ class LintedModel:
     def __init__(self, proto: onnx.ModelProto, file: str = "") -> None:
         self.proto = proto
         self.file = file
-        graphs = list(_graphs(proto.graph))
+        graphs = list(_graphs(_inlined(proto).graph))
         self.nodes = [node for graph in graphs for node in graph.node]
         self.names = [_name(node, place) for place, node in enumerate(self.nodes)]
         self.readers: dict[str, list[int]] = defaultdict(list)
@@ -34,18 +39,19 @@ class LintedModel:
         for place, node in enumerate(self.nodes):
             for name in dict.fromkeys(node.input):
                 self.readers[name].append(place)
-            if node.op_type == "Constant" and not node.domain:
+            if node.op_type == "Constant" and is_standard(node):
                 self._read_constant(node)
-            elif node.input and all(name in self._constants or not name for name in node.input):
+            elif self._is_of_constants(node):
                 self._constants.update(node.output)
             if node.op_type == "QuantizeLinear" and operand(node, 2):
                 # Files need not tell the types of inner values.
-                self.types.setdefault(node.output[0], self.type_of(operand(node, 2)))
+                found = self.type_of(operand(node, 2))
+                self.types |= {name: self.types.get(name, found) for name in node.output}
 
     def pairs(self, operator: str) -> Iterator[tuple[str, onnx.NodeProto]]:
         """The standard nodes of an operator, each with its name for people."""
         for name, node in zip(self.names, self.nodes, strict=True):
-            if node.op_type == operator and node.domain in ("", "ai.onnx"):
+            if node.op_type == operator and is_standard(node):
                 yield name, node
 
     def is_constant(self, value: str) -> bool:
@@ -63,6 +69,11 @@ class LintedModel:
         """Element type of a value, `onnx.TensorProto.UNDEFINED` where the file does not say."""
         return self.types.get(value, onnx.TensorProto.UNDEFINED)
 
+    def _is_of_constants(self, node: onnx.NodeProto) -> bool:
+        """Whether a node reads stored values alone; what graphs inside it read is not known."""
+        is_known = all(name in self._constants or not name for name in node.input)
+        return bool(node.input) and is_known and not any(_inner_graphs(node))
+
     def _read_constant(self, node: onnx.NodeProto) -> None:
         """Count a node that holds a constant as stored."""
         self._constants.update(node.output)
@@ -71,6 +82,11 @@ class LintedModel:
             if tensor is not None:
                 self.stored[node.output[0]] = tensor
                 self.types[node.output[0]] = tensor.data_type
+
+
+def is_standard(node: onnx.NodeProto) -> bool:
+    """Whether a node is of ONNX's own operators, whose domain has two names."""
+    return node.domain in _STANDARD
 
 
 def operand(node: onnx.NodeProto, position: int) -> str:
@@ -91,10 +107,23 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     """A graph and those inside its nodes, as the branches of an `If`."""
     yield graph
     for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                if inner.node:
-                    yield from _graphs(inner)
+        for inner in _inner_graphs(node):
+            yield from _graphs(inner)
+
+
+def _inner_graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        yield from (inner for inner in (attribute.g, *attribute.graphs) if inner.node)
+
+
+def _inlined(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A model without functions of its own; itself where it has none, or breaks their rules."""
+    if not proto.functions:
+        return proto
+    try:
+        return onnx.inliner.inline_local_functions(proto)
+    except onnx.checker.ValidationError:
+        return proto
 
 
 def _value_types(graph: onnx.GraphProto) -> Iterator[tuple[str, int]]:

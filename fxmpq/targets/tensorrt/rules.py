@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx.checker
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # has no types
 
 from fxmpq.errors import TargetError
-from fxmpq.targets.tensorrt.model import LintedModel, integer, operand
+from fxmpq.targets.tensorrt.model import LintedModel, integer, is_standard, operand
 
 _TYPES = onnx.TensorProto
 _QUANTIZED = {
@@ -81,7 +82,8 @@ def _load(model: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     if isinstance(model, onnx.ModelProto):
         return model
     try:
-        found = onnx.load(Path(model), load_external_data=False)
+        # The form that TensorRT reads, whatever a file's name ends in.
+        found = onnx.load(Path(model), format="protobuf", load_external_data=False)
     except OSError as error:
         raise TargetError(f"cannot read the ONNX model {str(model)!r}: {error}") from error
     except DecodeError as error:
@@ -98,7 +100,7 @@ def _valid(model: LintedModel) -> Iterator[Breach]:
 
 def _domains(model: LintedModel) -> Iterator[Breach]:
     for name, node in zip(model.names, model.nodes, strict=True):
-        if node.domain not in ("", "ai.onnx"):
+        if not is_standard(node):
             yield name, f"{node.op_type} is of the domain {node.domain!r}, not of ONNX itself"
 
 
@@ -139,8 +141,12 @@ def _scales(model: LintedModel) -> Iterator[Breach]:
         found = model.array(scale)
         if not model.is_constant(scale):
             yield name, f"{node.op_type} has the scale {scale!r}, which is computed at run time"
-        elif found is not None and not np.all(found.astype(np.float64) > 0):
-            yield name, f"{node.op_type} has a scale that is not positive"
+        elif found is not None and not _are_positive(found.astype(np.float64)):
+            yield name, f"{node.op_type} has a scale that is not positive, or not finite"
+
+
+def _are_positive(scales: npt.NDArray[np.float64]) -> bool:
+    return bool(np.all((scales > 0) & np.isfinite(scales)))
 
 
 def _activation_scales(model: LintedModel) -> Iterator[Breach]:
@@ -158,19 +164,33 @@ def _scale_shapes(model: LintedModel) -> Iterator[Breach]:
             yield name, f"{zero.size} zero points for {scale.size} scales"
         if scale is None or stored is None or scale.size == 1:
             continue
-        shape, found = tuple(stored.dims), scale.shape
-        if len(found) == 1:
-            axis = integer(node, "axis", 1) % len(shape)
-            if found[0] != shape[axis]:
-                yield name, f"{found[0]} scales along axis {axis} of {list(shape)}"
-        elif not _is_blocked(shape, found):
-            yield (
-                name,
-                (
-                    f"scales of {list(found)} for {list(shape)}; one of the last two axes is cut "
-                    "into whole blocks, and the others are as they are"
-                ),
-            )
+        problem = _shape_problem(tuple(stored.dims), scale.shape, node)
+        if problem:
+            yield name, problem
+
+
+def _shape_problem(shape: tuple[int, ...], scales: tuple[int, ...], node: onnx.NodeProto) -> str:
+    """What is wrong with the shape of several scales of stored codes; empty if nothing is."""
+    asked = integer(node, "axis", 1)
+    axis = asked + len(shape) if asked < 0 else asked
+    if len(scales) == 1:
+        is_found = 0 <= axis < len(shape) and scales[0] == shape[axis]
+        return "" if is_found else f"{scales[0]} scales along axis {asked} of {list(shape)}"
+    cut = _cut_axes(shape, scales)
+    if cut is None:
+        return (
+            f"scales of {list(scales)} for {list(shape)}; one of the last two axes is cut into "
+            "whole blocks, and the others are as they are"
+        )
+    blocks = [(place, shape[place] // scales[place]) for place in cut]
+    block = integer(node, "block_size", 0)
+    if all(found == (axis, block) for found in blocks):
+        return ""
+    wanted = f"blocks of {blocks[0][1]} along axis {blocks[0][0]}"
+    return (
+        f"scales of {list(scales)} for {list(shape)}, {wanted}, but block_size is {block} and "
+        f"axis {asked}"
+    )
 
 
 def _four_bits(model: LintedModel) -> Iterator[Breach]:
@@ -182,7 +202,8 @@ def _four_bits(model: LintedModel) -> Iterator[Breach]:
             yield name, "an activation is INT4, which only weights may be"
         elif scale is not None and stored is not None:
             size = int(np.prod(stored.dims)) // max(scale.size, 1)
-            if scale.ndim != len(stored.dims) or size not in _FOUR_BIT_BLOCKS:
+            is_cut = _cut_axes(tuple(stored.dims), scale.shape) is not None
+            if not is_cut or size not in _FOUR_BIT_BLOCKS:
                 yield (
                     name,
                     (
@@ -211,14 +232,18 @@ def _coded(model: LintedModel) -> Iterator[tuple[str, onnx.NodeProto, int]]:
         yield name, node, found or model.type_of(operand(node, 2))
 
 
-def _is_blocked(shape: tuple[int, ...], scales: tuple[int, ...]) -> bool:
-    """Whether scales belong to whole blocks along one of the last two axes."""
+def _cut_axes(shape: tuple[int, ...], scales: tuple[int, ...]) -> list[int] | None:
+    """The axis along which scales belong to whole blocks, one of the last two.
+
+    None where each code has a scale of its own; `None` where they belong to no whole blocks.
+    """
     if len(shape) != len(scales):
-        return False
+        return None
     cut = [axis for axis, sizes in enumerate(zip(shape, scales, strict=True)) if len({*sizes}) > 1]
-    return not cut or (
-        len(cut) == 1 and cut[0] >= len(shape) - 2 and shape[cut[0]] % scales[cut[0]] == 0
-    )
+    if len(cut) > 1:
+        return None
+    is_whole = all(axis >= len(shape) - 2 and scales[axis] > 0 for axis in cut)
+    return cut if is_whole and all(shape[axis] % scales[axis] == 0 for axis in cut) else None
 
 
 _SCHEMES = "TensorRT documentation, Quantization Schemes"

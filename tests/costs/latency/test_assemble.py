@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxmpq.costs.latency.assemble import Joint, Times, anchored, assemble
+from fxmpq.costs.latency.assemble import Joint, Times, anchored, assemble, has_codes
 from fxmpq.costs.latency.places import Junction, Unit
 from fxmpq.costs.terms import Edge
 from fxmpq.formats import Precision
@@ -112,3 +112,8 @@ def test_a_plan_scales_only_what_no_plan_before_it_has() -> None:
 
 def test_without_anchors_nothing_is_scaled() -> None:
     assert anchored({"a": {"w8a8": 2.0}}, [], []) == ({"a": {"w8a8": 2.0}}, 0.0)
+
+
+def test_ranges_that_each_run_finds_are_of_real_numbers() -> None:
+    found = {name: has_codes(Precision.parse(name)) for name in ("w8a8", "w8a8d", "w8", "fp32")}
+    assert found == {"w8a8": True, "w8a8d": False, "w8": False, "fp32": False}

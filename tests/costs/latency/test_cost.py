@@ -117,5 +117,14 @@ def test_where_no_group_may_be_float_only_codes_are_measured(machine: Machine) -
     assert parts.rows["0"]["w4a8"] == pytest.approx(parts.rows["0"]["w8a8"])
 
 
+def test_an_edge_leads_to_weights_alone_in_low_bits_too(machine: Machine) -> None:
+    graph = fxmpq.trace(nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1)), _images())
+    graph = fxmpq.prepare(graph, ONNXRUNTIME, candidates=["w8", "w8a8"])
+    parts = latency_cost(graph, RULES, machine.runtime, clock=machine.clock)
+    (edge,) = parts.edges
+    assert edge.costs["w8a8"]["w8"] > 0
+    assert edge.costs["w8a8"]["w8a8"] == edge.costs["w8"]["w8"] == 0
+
+
 def _images() -> torch.Tensor:
     return torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))

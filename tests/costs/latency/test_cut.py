@@ -95,6 +95,37 @@ def test_inputs_have_the_same_bits_every_time() -> None:
     assert torch.equal(_cut(graph, "linear").inputs[0], _cut(graph, "linear").inputs[0])
 
 
+class Shifted(nn.Module):
+    """A sum of samples with what they share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(2, 4, 1)
+        self.shift = nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.shift * x.amax()
+
+
+@pytest.mark.parametrize("samples", [2, 3])
+def test_what_samples_share_is_left_whole(samples: int) -> None:
+    piece = _cut(_graph(Shifted(), samples, 2, 5, 5), "conv2d", "add")
+    assert [tuple(x.shape) for x in piece.inputs] == [(1, 2, 5, 5), (4, 1, 1)]
+    assert piece.module(*piece.inputs).shape == (1, 4, 5, 5)
+
+
+def test_samples_may_come_second() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x.transpose(0, 1).relu())
+
+    assert _cut(_graph(Turned(), 2, 6, 4), "linear").inputs[0].shape == (6, 1, 4)
+
+
 def test_tokens_that_are_flattened_into_samples_are_all_of_one_sample() -> None:
     net = nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 3))
     assert _cut(_graph(net, 2, 6, 4), "linear").inputs[0].shape == (6, 4)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
+import fxmpq
 from fxmpq.costs.latency.runtime import Runtime, cpu_name
 from fxmpq.report.latency import use_threads
 
@@ -28,3 +30,13 @@ def test_conditions_name_versions_and_threads() -> None:
     assert {**one, "threads": 2} == two
     assert f"torch {torch.__version__.partition('+')[0]}" in str(one["packages"])
     assert "onnxruntime 1" in str(one["packages"])
+    assert f"fxmpq {fxmpq.__version__}" in str(one["packages"])
+
+
+def test_a_version_is_the_modules_whatever_distribution_brought_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "quickrun.py").write_text("__version__ = '7.1+gpu'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = Runtime("some", lambda graph: print, ("quickrun",)).conditions()
+    assert str(found["packages"]).startswith("quickrun 7.1+gpu, torch ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,24 @@ def test_the_folder_is_the_users_to_choose(tmp_path: Path, monkeypatch: pytest.M
     assert cache_folder() == tmp_path / "fxmpq"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "fxmpq"
+
+
+def test_nor_is_it_where_the_file_cannot_be_one(tmp_path: Path) -> None:
+    store = TimeStore(tmp_path)
+    store.keep(KEY, 1.0)
+    (file,) = tmp_path.iterdir()
+    file.unlink()
+    file.mkdir()
+    assert store.find(KEY) is None
+    store.keep(KEY, 2.0)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_without_a_home_it_lies_beside_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FXMPQ_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert cache_folder() == Path(tempfile.gettempdir()) / "fxmpq"

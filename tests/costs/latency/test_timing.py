@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
 
-from fxmpq.costs.latency.timing import cpu_seconds
+from fxmpq.costs.latency.timing import clock_for, cpu_seconds
 
 
 def test_the_least_time_of_the_rounds_counts() -> None:
@@ -34,6 +35,10 @@ def test_nothing_is_recorded_for_gradients() -> None:
     seen: list[bool] = []
     cpu_seconds([lambda: seen.append(torch.is_grad_enabled())], rounds=1)
     assert set(seen) == {False}
+
+
+def test_several_threads_are_not_summed_up() -> None:
+    assert (clock_for(1), clock_for(2)) == (time.process_time, time.perf_counter)
 
 
 def test_no_runs_take_no_time() -> None:

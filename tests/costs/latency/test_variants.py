@@ -47,6 +47,9 @@ def test_a_product_of_two_activations_is_a_piece(machine: Machine) -> None:
     loaded = load_piece(piece, [("a8",), ("fp32",)], ONNXRUNTIME.rules, machine.runtime)
     assert loaded[0].batch is loaded[1].batch
     assert machine.loaded == [("a8",), ("fp32",)]
+    # What is asked for alone where the rest was measured before.
+    load_piece(piece, [("fp32",)], ONNXRUNTIME.rules, machine.runtime)
+    assert machine.loaded[2:] == [("fp32",)]
 
 
 def test_other_groups_than_are_named_are_refused(

@@ -175,6 +175,8 @@ def test_int4_products_agree_within_bfloat16(block: int) -> None:
     assert found.shape == (2, 3, 10)
     noise = (found - expected).square().sum() / expected.square().sum()
     assert float(noise) < 10**-4.5
+    none = int4_product(x[:0], packed_int4(codes), stored, bias, (256, 10), block, torch.float32)
+    assert none.shape == (0, 3, 10)
 
 
 def test_gpu_kernels_take_what_they_get() -> None:

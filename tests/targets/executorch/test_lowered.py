@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
@@ -33,7 +35,11 @@ class Coded(nn.Module):
 def test_a_program_with_bounds_takes_all_sizes_within() -> None:
     with quiet_torch():
         program = export(Doubled(), (torch.ones(2, 3),), dynamic_shapes=({0: Dim("n", max=4)},))
+    before, handlers = torch.random.get_rng_state(), list(logging.root.handlers)
     loaded = ExecutorchModel(lower_program(program).data, FreeSizes(({0: 4},), (True,)))
+    # Nothing that the whole process shares is left changed.
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert logging.root.handlers == handlers
     for rows in (1, 4, 9):
         x = torch.linspace(-2, 2, rows * 3).reshape(rows, 3)
         (found,) = loaded([x])

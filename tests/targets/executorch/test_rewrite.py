@@ -12,6 +12,7 @@ from fxmpq.graph.run import run_batch
 from fxmpq.graph.switch import with_choices
 from fxmpq.graph.trace import trace
 from fxmpq.targets.convert import convert
+from fxmpq.targets.divergence import layer_agreements
 from fxmpq.targets.executorch import EXECUTORCH
 from fxmpq.targets.executorch.rewrite import stored_names, to_xnnpack_form
 from fxmpq.targets.target import agreement_db
@@ -105,3 +106,36 @@ def test_dead_channels_and_float_results_run(calibrated: Made) -> None:
     assert rows["first"] == ("Fully Connected (NC, QS8, QC8W) GEMM", "")
     assert rows["dead"][0] == "Fully Connected (NC, F32) GEMM"
     assert rows["dead"][1].startswith("XNNPACK has no kernel from codes")
+
+
+class Signal(nn.Module):
+    """Convolutions over one dimension, the middle ones in float, and a count of samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.kept = nn.Conv1d(3, 4, 3), nn.Conv1d(4, 4, 3, padding=1)
+        self.up, self.last = nn.ConvTranspose1d(4, 4, 3, stride=2), nn.Conv1d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        y = self.last(self.up(self.kept(self.first(x).relu())))
+        return {"samples": x.shape[0], "y": y, "none": None}
+
+
+def test_float_convolutions_over_one_dimension_stand_between_codes(
+    calibrated: Made, uniform: Made
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 12)
+    graph = calibrated(trace(Signal().eval(), x), [x], "executorch", exclude=["kept"])
+    plan = uniform(graph)
+    made = convert(plan, verify=[x])
+    assert made.sqnr_db > 40
+    rows = {row.layer: row.kernel for row in made.layers}
+    assert rows["first"] == "Convolution (NHWC, QC8) IGEMM"
+    assert rows["kept"] == "Convolution (NHWC, F32) IGEMM"
+    assert rows["up"].startswith("Deconvolution (NHWC, F32)")
+    # What is no tensor is not returned, and does not keep a batch from being cut.
+    more = x.repeat(5, 1, 1)
+    (found,) = made.run(more)
+    assert agreement_db([plan(more)["y"]], [found]) > 40
+    assert all(entry.sqnr_db > 40 for entry in layer_agreements(plan, made, x))

@@ -112,3 +112,14 @@ def test_without_a_compiler_nothing_is_begun(
     with pytest.raises(TargetError, match="no C"):
         module.convert_inductor(planned, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_compiler_fails_on_is_an_error(
+    planned: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> list[Tensor]:
+        raise AssertionError("expected size 5==5\nand more")
+
+    monkeypatch.setattr(module.CompiledGraph, "__call__", fail)
+    with pytest.raises(TargetError, match="AssertionError expected size 5==5. Target"):
+        module.convert_inductor(planned, None)

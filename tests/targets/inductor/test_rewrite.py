@@ -113,3 +113,16 @@ def test_float_layers_stay_as_they_are(calibrated: Made, uniform: Made) -> None:
     graph = rewritten(planned, x)
     kinds = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
     assert kinds == ["aten.conv1d.default", "aten.linear.default"]
+
+
+def test_float_convolutions_that_read_codes_stay_as_they_are() -> None:
+    root = nn.Module()
+    root.register_buffer("weight", torch.zeros(2, 4, 3))
+    graph = fx.Graph(root)
+    codes, weight = graph.placeholder("codes"), graph.get_attr("weight")
+    real = graph.call_function(DEQUANTIZE, (codes, 0.1, 3, 0, 255, torch.uint8))
+    graph.output(graph.call_function(aten.conv1d.default, (real, weight)))
+    module = fx.GraphModule(root, graph)
+    before = [node.name for node in module.graph.nodes]
+    rewrite_for_compiler(module)
+    assert [node.name for node in module.graph.nodes] == before

@@ -62,6 +62,22 @@ def test_it_computes_what_is_simulated(
     assert float((found - expected).square().sum() / expected.square().sum()) < 1e-3
 
 
+def test_what_products_compute_is_told_as_theirs(
+    made: Converted, planned: fx.GraphModule, token_batches: list[dict[str, Tensor]]
+) -> None:
+    assert made.layer_values is not None
+    sources = {node.name: node.args[0] for node in planned.graph.nodes if node.args}
+    told = {entry.node: entry.layer for entry in made.layer_values(token_batches[0])}
+    behind = {"softmax": "scores", "_safe_softmax": "scores", "reshape": "context"}
+    found = [
+        (layer.split(".")[-1], behind[kind])
+        for quantizer, layer in told.items()
+        if (kind := str(sources[quantizer].target).split(".")[1]) in behind
+    ]
+    assert len(found) == 2 * 2
+    assert all(name == expected for name, expected in found)
+
+
 def test_operands_are_signed_but_for_weights_of_a_softmax(planned: fx.GraphModule) -> None:
     """The layers before write them: nothing but the model's own views comes in between."""
     grids: dict[str, list[int]] = {}

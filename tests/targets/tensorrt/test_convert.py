@@ -174,9 +174,20 @@ def test_products_of_two_activations_are_quantized_too() -> None:
 
 def test_blocks_that_are_not_whole_are_refused_before_calibration() -> None:
     graph = trace(nn.Linear(96, 4), torch.randn(2, 96))
-    words = r"no candidate among w4b64 runs on layer .*, in whole blocks of 96 weights"
+    words = r"runs on layer .* has 96 weights a channel, no whole number of blocks of w4b64"
     with pytest.raises(PrecisionError, match=words):
         insert_quantizers(graph, TENSORRT.rules, candidates=[Precision.parse("w4b64")])
+
+
+def test_layers_that_no_candidate_runs_on_say_so() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, 4))
+    candidates = [Precision.parse(name) for name in ("w4b64", "fp32")]
+    graph = trace(model.eval(), torch.randn(2, 3, 6, 6))
+    graph = insert_quantizers(graph, TENSORRT.rules, candidates=candidates, keep={"3": Precision()})
+    assert [(entry.name, entry.reason) for entry in state_of(graph).left_float] == [
+        ("0", "of the candidates only fp32 runs on it"),
+        ("3", "kept in float by the user"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["w4a8", "w4", "w8", "w8b64", "w4b32", "w4b64a8", "we4m3ae4m3"])

@@ -5,7 +5,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fxmpq.targets.tensorrt.model import LintedModel, integer, operand
+from fxmpq.targets.tensorrt.model import LintedModel, integer, is_standard, operand
 
 
 def linted(*nodes: onnx.NodeProto, **stored: np.ndarray) -> LintedModel:
@@ -65,6 +65,39 @@ def test_what_is_computed_of_constants_is_constant() -> None:
     assert model.type_of("nothing") == TensorProto.UNDEFINED
 
 
+def test_what_graphs_inside_a_node_compute_is_no_constant() -> None:
+    """Their operands are not those of the node."""
+    inner = helper.make_node("Neg", ["x"], ["negative"])
+    branch = helper.make_graph([inner], "branch", [], [helper.ValueInfoProto(name="negative")])
+    choose = helper.make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=branch)
+    model = linted(choose, yes=np.bool_(True))
+    assert [node.op_type for node in model.nodes] == ["If", "Neg", "Neg"]
+    assert not model.is_constant("y")
+
+
+def calling(*body: onnx.NodeProto) -> LintedModel:
+    """A model that calls a function of its own."""
+    call = helper.make_node("Double", ["x"], ["y"], domain="own")
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
+    graph = helper.make_graph([call], "g", [x], [])
+    versions = [helper.make_opsetid("", 21), helper.make_opsetid("own", 1)]
+    function = helper.make_function("own", "Double", ["a"], ["b"], [*body], versions)
+    return LintedModel(helper.make_model(graph, functions=[function], opset_imports=versions))
+
+
+def test_functions_are_looked_into() -> None:
+    model = calling(helper.make_node("Add", ["a", "a"], ["b"]))
+    assert [(node.op_type, *node.input, *node.output) for node in model.nodes] == [
+        ("Add", "x", "x", "y")
+    ]
+    assert len(model.proto.functions) == 1
+
+
+def test_functions_that_call_themselves_stay_calls() -> None:
+    model = calling(helper.make_node("Double", ["a"], ["b"], domain="own"))
+    assert [node.op_type for node in model.nodes] == ["Double"]
+
+
 def test_nodes_have_names_for_people() -> None:
     named, unnamed = (
         helper.make_node("Neg", ["x"], ["y"], name="first"),
@@ -78,6 +111,13 @@ def test_operands_and_attributes_may_be_left_out() -> None:
     node = helper.make_node("DequantizeLinear", ["w", "s"], ["y"], axis=3)
     assert [operand(node, place) for place in range(3)] == ["w", "s", ""]
     assert (integer(node, "axis", 1), integer(node, "block_size", 0)) == (3, 0)
+
+
+def test_the_standard_domain_has_two_names() -> None:
+    half = helper.make_node("Constant", [], ["c"], value_float=0.5, domain="ai.onnx")
+    assert linted(half).is_constant("c")
+    assert linted(half).array("c") == np.float32(0.5)
+    assert is_standard(half)
 
 
 def test_operators_of_other_domains_are_others() -> None:

@@ -160,6 +160,12 @@ BREACHES: list[tuple[str, str, Change, str]] = [
     ),
     ("constant scales", "codes_node", storing(stored("x_scale", FLOAT, [], -1)), "not positive"),
     (
+        "constant scales",
+        "codes_node",
+        storing(stored("x_scale", FLOAT, [], float("inf"))),
+        "or not finite",
+    ),
+    (
         "one scale an activation",
         "codes_node",
         storing(stored("x_scale", FLOAT, [32]), stored("zero", INT8, [32], 0)),
@@ -255,12 +261,21 @@ def test_branches_are_looked_into() -> None:
     assert {entry.node for entry in lint(model) if entry.rule == "no zero points"} == {"inner_node"}
 
 
+def test_broken_nodes_are_listed_too() -> None:
+    model = legal()
+    del place(model, "codes").output[:]
+    assert [entry.rule for entry in lint(model)] == ["valid model"]
+
+
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="cannot read the ONNX model"):
         lint(tmp_path / "nothing.onnx")
     (tmp_path / "text.onnx").write_text("no model")
     with pytest.raises(TargetError, match=r"text\.onnx' is no ONNX model"):
         lint(tmp_path / "text.onnx")
+    (tmp_path / "plan.json").write_text('{"groups": []}')
+    with pytest.raises(TargetError, match=r"plan\.json' is no ONNX model"):
+        lint(tmp_path / "plan.json")
 
 
 def test_weights_in_another_file_are_not_read(tmp_path: Path) -> None:
