@@ -22,14 +22,19 @@ from _peers import Batch
 from _runtimes import RUNTIMES, Run, Runtime, Subject
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import fx, nn
 
 import fxmpq
+from fxmpq.graph.products import PRODUCT
+from fxmpq.graph.state import state_of
 from fxmpq.report.compare import float_graph
 from fxmpq.targets.divergence import layer_agreements
+from fxmpq.targets.registry import TARGETS
 from fxmpq.targets.target import Converted
 
 FLOAT, INT8, MIXED = "float", "fxmpq w8a8", "fxmpq mixed"
+PRODUCTS = "fxmpq w8a8, products"
+OURS = (INT8, PRODUCTS, MIXED)
 _WARM_UP = 3
 
 
@@ -96,18 +101,31 @@ def contestants(
     plan = fxmpq.solve(sensitivity, costs, budget)
     in_float = fxmpq.convert(float_graph(calibrated), output=folder / "float", verify=batches[:1])
     found = {FLOAT: Contestant(runtime.run(in_float), _size(in_float))}
-    plans = {INT8: costs.uniform("w8a8"), MIXED: dict(plan.choices)}
-    for title, choices in plans.items():
-        planned = fxmpq.apply(calibrated, choices)
-        made = fxmpq.convert(planned, output=folder / title, verify=batches[:2])
-        layers = [entry.sqnr_db for entry in layer_agreements(planned, made, batches[0])]
+    planned = {
+        INT8: fxmpq.apply(calibrated, costs.uniform("w8a8")),
+        MIXED: fxmpq.apply(calibrated, plan),
+    }
+    if subject.is_transformer and PRODUCT in TARGETS[name].rules.operators:
+        planned[PRODUCTS] = _with_products(name, subject)
+    for title, simulated in planned.items():
+        made = fxmpq.convert(simulated, output=folder / title, verify=batches[:2])
+        layers = [entry.sqnr_db for entry in layer_agreements(simulated, made, batches[0])]
         agreement = (made.sqnr_db, min(layers, default=float("nan")))
-        predicted = costs.total("weights", choices)
+        predicted = fxmpq.cost(simulated).total("weights", state_of(simulated).choices)
         found[title] = Contestant(runtime.run(made), _size(made), predicted, agreement)
         if kernels:
             print(f"{name}, {title}: {runtime.kernels(made)}")
     own = runtime.own(subject, in_float, folder)
     return found | {title: Contestant(run) for title, run in own.items()}
+
+
+def _with_products(name: str, subject: Subject) -> fx.GraphModule:
+    """The uniform plan with the products of attention in 8 bits too."""
+    batches = subject.calibration
+    graph = fxmpq.trace(subject.model, batches[0])
+    prepared = fxmpq.prepare(graph, name, candidates=["w8a8"], products=True)
+    calibrated = fxmpq.calibrate(prepared, batches, progress=False)
+    return fxmpq.apply(calibrated, fxmpq.cost(calibrated).uniform("w8a8"))
 
 
 def _size(made: Converted) -> int | None:
@@ -148,7 +166,7 @@ def rows_of(
     found: Mapping[str, Contestant], times: Mapping[str, float]
 ) -> Iterator[tuple[str, ...]]:
     """The cells of each contestant: time, ratios, size and agreement."""
-    own = [times[name] for name in found if name not in (FLOAT, INT8, MIXED)]
+    own = [times[name] for name in found if name not in (FLOAT, *OURS)]
     for name, entry in found.items():
         output, layer = entry.agreement_db or (None, None)
         over = "" if not (entry.size and entry.predicted) else entry.size / entry.predicted - 1

@@ -128,11 +128,13 @@ def quantize(
         ties=ties,
         products=products,
     )
+    laps.end("trace")
     costs = cost(prepared, found_target, metric=further, progress=progress)
     if program is not None:
         check_counted(program, [limit.metric for limit in wanted_budget.limits], costs)
     wanted_budget.check_feasible(costs)
-    laps.end("trace")
+    if further:
+        laps.end("cost")
     calibrated = calibrate(
         prepared,
         batches,
@@ -143,12 +145,7 @@ def quantize(
     )
     laps.end("calibrate")
     sensitivity = measure(
-        calibrated,
-        measured,
-        method=method,
-        progress=progress,
-        resume=resume,
-        **options,
+        calibrated, measured, method=method, progress=progress, resume=resume, **options
     )
     laps.end("measure")
     plan = finish_plan(calibrated, solve(sensitivity, costs, wanted_budget, program=program))
@@ -156,17 +153,9 @@ def quantize(
     simulated = _simulated(calibrated, plan, batches, refine, progress=progress, resume=resume)
     if refine is not None:
         laps.end("refine")
-    return Quantized(
-        simulated,
-        calibrated,
-        plan,
-        sensitivity,
-        costs,
-        found_target,
-        laps.seconds,
-        refine,
-        () if refine is None else tuple(batches),
-    )
+    kept = () if refine is None else tuple(batches)
+    found = calibrated, plan, sensitivity, costs, found_target, laps.seconds, refine, kept
+    return Quantized(simulated, *found)
 
 
 class _Laps:

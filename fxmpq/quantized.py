@@ -32,7 +32,8 @@ class Quantized:
         sensitivity: How much each choice hurts.
         costs: What each choice costs.
         target: What it was planned for.
-        seconds: Wall time per step: `trace`, `calibrate`, `measure`, `solve`, maybe `refine`.
+        seconds: Wall time per step: `trace`, `calibrate`, `measure`, `solve`; `cost` where a budget
+            has it measured, `refine` where that is asked for.
         refinement: The recipe or method of refinement that `graph` went through; `None` for none.
         calibration: The batches it was refined on; none without refinement.
     """
