@@ -29,11 +29,11 @@ def main() -> None:
     prepared = prepare_pt2e(torch.export.load(wanted.model).module(check_guards=False), quantizer)
     with torch.no_grad():
         for batch in batches.values():
-            prepared(**batch)
+            prepared(batch)
         converted = move_exported_model_to_eval(convert_pt2e(prepared))
         example = next(iter(batches.values()))
         shapes = {key: {0: torch.export.Dim.AUTO} for key in example}
-        program = torch.export.export(converted, (), example, dynamic_shapes=shapes)
+        program = torch.export.export(converted, (example,), dynamic_shapes=(shapes,))
     torch.export.save(program, wanted.output)
 
 

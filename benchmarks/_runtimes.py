@@ -160,7 +160,7 @@ def inductor_own(subject: Subject, made: Converted, folder: Path) -> dict[str, R
     shapes = {name: {0: torch.export.Dim.AUTO} for name in example}
     with torch.no_grad():
         program = torch.export.export(
-            Outputs(subject.model).eval(), (), example, dynamic_shapes={"inputs": shapes}
+            Outputs(subject.model).eval(), (example,), dynamic_shapes={"inputs": shapes}
         )
     exported = folder / "float.pt2"
     torch.export.save(program, exported)
@@ -176,13 +176,13 @@ def inductor_own(subject: Subject, made: Converted, folder: Path) -> dict[str, R
 
 
 class Outputs(nn.Module):
-    """A model of transformers that returns its logits, which any reader of programs knows."""
+    """A model of transformers on one mapping that returns logits, which any program can hold."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, **inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Batch) -> Tensor:
         """The logits."""
         logits: Tensor = self.model(**inputs).logits
         return logits
@@ -196,7 +196,7 @@ def compiled_run(module: nn.Module) -> Run:
 
     def run(batch: Batch) -> object:
         with torch.no_grad(), config.patch(freezing=True):
-            return compiled(**batch)
+            return compiled(batch)
 
     return run
 

@@ -94,17 +94,18 @@ def contestants(
 ) -> dict[str, Contestant]:
     """Quantize a model in every way."""
     batches = subject.calibration
-    prepared = fxmpq.prepare(fxmpq.trace(subject.model, batches[0]), name)
+    graph = fxmpq.trace(subject.model, batches[0])
+    prepared = fxmpq.prepare(graph, name, candidates=_candidates(name))
     calibrated = fxmpq.calibrate(prepared, batches, progress=False)
     costs = fxmpq.cost(calibrated)
-    sensitivity = fxmpq.measure(calibrated, batches, progress=False)
-    plan = fxmpq.solve(sensitivity, costs, budget)
     in_float = fxmpq.convert(float_graph(calibrated), output=folder / "float", verify=batches[:1])
     found = {FLOAT: Contestant(runtime.run(in_float), _size(in_float))}
-    planned = {
-        INT8: fxmpq.apply(calibrated, costs.uniform("w8a8")),
-        MIXED: fxmpq.apply(calibrated, plan),
-    }
+    planned = {INT8: fxmpq.apply(calibrated, costs.uniform("w8a8"))}
+    sensitivity = fxmpq.measure(calibrated, batches, progress=False)
+    try:
+        planned[MIXED] = fxmpq.apply(calibrated, fxmpq.solve(sensitivity, costs, budget))
+    except fxmpq.InfeasibleBudgetError:
+        print(f"{name} has no plan of {budget} for this model")
     if subject.is_transformer and PRODUCT in TARGETS[name].rules.operators:
         planned[PRODUCTS] = _with_products(name, subject)
     for title, simulated in planned.items():
@@ -117,6 +118,16 @@ def contestants(
             print(f"{name}, {title}: {runtime.kernels(made)}")
     own = runtime.own(subject, in_float, folder)
     return found | {title: Contestant(run) for title, run in own.items()}
+
+
+def _candidates(name: str) -> list[str]:
+    """Weights of few bits that a target runs on 8-bit activations."""
+    rules = TARGETS[name].rules.operators.values()
+    return [
+        candidate
+        for candidate in ("w2a8", "w4a8", "w8a8")
+        if any(rule.runs(fxmpq.Precision.parse(candidate)) for rule in rules)
+    ]
 
 
 def _with_products(name: str, subject: Subject) -> fx.GraphModule:
