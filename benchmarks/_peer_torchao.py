@@ -32,7 +32,8 @@ def main() -> None:
             prepared(batch)
         converted = move_exported_model_to_eval(convert_pt2e(prepared))
         example = next(iter(batches.values()))
-        shapes = {key: {0: torch.export.Dim.AUTO} for key in example}
+        axes = (0, 1) if wanted.transformer else (0,)
+        shapes = {key: dict.fromkeys(axes, torch.export.Dim.AUTO) for key in example}
         program = torch.export.export(converted, (example,), dynamic_shapes=(shapes,))
     torch.export.save(program, wanted.output)
 

@@ -157,7 +157,8 @@ def converted_run(made: Converted) -> Run:
 def inductor_own(subject: Subject, made: Converted, folder: Path) -> dict[str, Run]:
     """What torchao's X86InductorQuantizer, makes, compiled as fxmpq's plans are."""
     example = subject.calibration[0]
-    shapes = {name: {0: torch.export.Dim.AUTO} for name in example}
+    axes = (0, 1) if subject.is_transformer else (0,)
+    shapes = {name: dict.fromkeys(axes, torch.export.Dim.AUTO) for name in example}
     with torch.no_grad():
         program = torch.export.export(
             Outputs(subject.model).eval(), (example,), dynamic_shapes={"inputs": shapes}

@@ -13,12 +13,16 @@ QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 DEQUANTIZE_WEIGHT = torch.ops.quantized_decomposed.dequantize_per_channel.default
 
+_ONE_CHANNEL = (0, 0, 0, 0, 0, 1)
+"""How much is added to the two sides of the last three dimensions, the last one first."""
+
 
 def rewrite_for_compiler(graph: fx.GraphModule) -> None:
     """Rewrite a graph from `to_decomposed` in place; it computes the same.
 
     Pooled codes are codes again, linear layers read codes in C order, convolutions over one
-    dimension are over two, and weights' zero points are `int32`, as the kernels take them.
+    dimension are over two, those of one channel read another one, of weight 0, and weights' zero
+    points are `int32`, as the kernels take them.
 
     Args:
         graph: With `uint8` codes.
@@ -30,6 +34,8 @@ def rewrite_for_compiler(graph: fx.GraphModule) -> None:
             _lay_out_codes(graph, node)
         elif node.target in IN_TWO_DIMENSIONS:
             _widen(graph, node)
+    for node in graph.graph.find_nodes(op="call_function", target=aten.conv2d.default):
+        _add_channel(graph, node)
     for node in graph.graph.find_nodes(op="call_function", target=DEQUANTIZE_WEIGHT):
         name = str(node.args[2].target)
         graph.register_buffer(name, get_tensor(graph, name).int())
@@ -70,6 +76,31 @@ def _lay_out_codes(graph: fx.GraphModule, linear: fx.Node) -> None:
         with graph.graph.inserting_before(source):
             codes = graph.graph.call_function(aten.contiguous.default, (source.args[0],))
         source.update_arg(0, codes)
+
+
+def _add_channel(graph: fx.GraphModule, conv: fx.Node) -> None:
+    """Let a convolution of a single channel read a second one, with weights of 0.
+
+    The order of one channel's values in memory is ambiguous, and torch 2.13 takes it once for the
+    one and once for the other.
+    """
+    source, weight = _reads_codes(conv), conv.args[1]
+    if source is None or getattr(weight, "target", None) is not DEQUANTIZE_WEIGHT:
+        return
+    assert isinstance(weight, fx.Node)
+    stored = weight.args[0]
+    assert isinstance(stored, fx.Node)
+    codes = get_tensor(graph, str(stored.target))
+    groups = conv.args[6] if len(conv.args) > 6 else 1
+    if codes.shape[1] != 1 or groups != 1:
+        return
+    name = f"{stored.target}_filled"
+    graph.register_buffer(name, torch.nn.functional.pad(codes, _ONE_CHANNEL))
+    with graph.graph.inserting_before(weight):
+        weight.update_arg(0, graph.graph.get_attr(name))
+    with graph.graph.inserting_before(source):
+        filled = aten.constant_pad_nd.default, (source.args[0], list(_ONE_CHANNEL))
+        source.update_arg(0, graph.graph.call_function(*filled))
 
 
 def _widen(graph: fx.GraphModule, conv: fx.Node) -> None:

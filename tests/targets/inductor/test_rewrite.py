@@ -126,3 +126,26 @@ def test_float_convolutions_that_read_codes_stay_as_they_are() -> None:
     before = [node.name for node in module.graph.nodes]
     rewrite_for_compiler(module)
     assert [node.name for node in module.graph.nodes] == before
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
+def test_a_single_channel_gets_another_of_weight_zero(
+    calibrated: Made, uniform: Made, kind: type[nn.Conv1d | nn.Conv2d]
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(1, 1, 3), nn.ReLU(), kind(1, 4, 3))
+    x = torch.randn(2, 1, *[9] * (1 if kind is nn.Conv1d else 2))
+    graph = rewritten(uniform(calibrated(trace(model, x), [x], "inductor")), x)
+    convs = calls(graph, aten.conv2d.default)
+    weights = [graph.get_buffer(conv.args[1].args[0].target) for conv in convs]
+    assert [weight.shape[1] for weight in weights] == [2, 2]
+    assert not any(weight[:, 1].any() for weight in weights)
+
+
+def test_a_single_channel_a_group_is_left(calibrated: Made, uniform: Made) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 9, 9)
+    model = nn.Conv2d(3, 3, 3, groups=3)
+    graph = rewritten(uniform(calibrated(trace(model, x), [x], "inductor")), x)
+    (conv,) = calls(graph, aten.conv2d.default)
+    assert graph.get_buffer(conv.args[1].args[0].target).shape[1] == 1
