@@ -6,6 +6,8 @@ compiler finds a layer, what it reads and nothing else in its way, and runs all 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 # Defines the operators `quantized_decomposed::*`.
@@ -19,6 +21,7 @@ from fxmpq.targets.lowering import finish, store_tensor
 from fxmpq.targets.qdq import layers_of, to_qdq
 
 quantized_decomposed = torch.ops.quantized_decomposed
+_QUANTIZE = quantized_decomposed.quantize_per_tensor.default
 
 
 def to_decomposed(graph: fx.GraphModule, *, signed: bool) -> fx.GraphModule:
@@ -69,6 +72,21 @@ def to_decomposed(graph: fx.GraphModule, *, signed: bool) -> fx.GraphModule:
     return rewritten
 
 
+def quantize_again(graph: fx.GraphModule, node: fx.Node) -> None:
+    """Let readers of a value that lies on a grid read it through the codes of that grid.
+
+    Args:
+        graph: From `to_decomposed`; changed in place.
+        node: Moves or picks among what a `dequantize_per_tensor` gives, as `max_pool2d` does.
+    """
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    readers = list(node.users)
+    with graph.graph.inserting_after(node):
+        codes = graph.graph.call_function(_QUANTIZE, (node, *source.args[1:]))
+    _dequantize_for(graph, readers, node, codes)
+
+
 def _hand_out_codes(graph: fx.GraphModule, node: fx.Node, *, signed: bool) -> None:
     """Replace a rounding by codes, and a dequantization for each node that reads them."""
     value, scale, zero_point, bits, _ = node.args
@@ -77,14 +95,20 @@ def _hand_out_codes(graph: fx.GraphModule, node: fx.Node, *, signed: bool) -> No
     grid = (scale, zero_point + lowest, lowest, lowest + (1 << bits) - 1)
     dtype = torch.int8 if signed else torch.uint8
     with graph.graph.inserting_before(node):
-        quantize = quantized_decomposed.quantize_per_tensor.default
-        codes = graph.graph.call_function(quantize, (value, *grid, dtype))
-    for reader in list(node.users):
-        with graph.graph.inserting_before(reader):
-            dequantize = quantized_decomposed.dequantize_per_tensor.default
-            real = graph.graph.call_function(dequantize, (codes, *grid, dtype))
-        reader.replace_input_with(node, real)
+        codes = graph.graph.call_function(_QUANTIZE, (value, *grid, dtype))
+    _dequantize_for(graph, list(node.users), node, codes)
     graph.graph.erase_node(node)
+
+
+def _dequantize_for(
+    graph: fx.GraphModule, readers: Sequence[fx.Node], value: fx.Node, codes: fx.Node
+) -> None:
+    """Let each reader of a value dequantize codes instead, for itself."""
+    dequantize = quantized_decomposed.dequantize_per_tensor.default
+    for reader in readers:
+        with graph.graph.inserting_before(reader):
+            real = graph.graph.call_function(dequantize, (codes, *codes.args[1:]))
+        reader.replace_input_with(value, real)
 
 
 def _dequantize_weight(graph: fx.GraphModule, node: fx.Node, stored: NumberFormat) -> None:

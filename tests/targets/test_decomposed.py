@@ -11,8 +11,6 @@ from torch import Tensor, fx, nn
 
 from fxmpq.formats import Precision
 from fxmpq.graph.run import run_batch
-from fxmpq.graph.state import require
-from fxmpq.graph.switch import with_choices
 from fxmpq.graph.trace import trace
 from fxmpq.targets.decomposed import to_decomposed
 from fxmpq.targets.qdq import active_quantizers, layers_of
@@ -23,16 +21,6 @@ QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 DEQUANTIZE_WEIGHT = torch.ops.quantized_decomposed.dequantize_per_channel.default
 WIDTHS = [Precision(bits, 8) for bits in (2, 3, 4, 6, 8)]
-
-
-def mixed(graph: fx.GraphModule) -> fx.GraphModule:
-    """Gives the groups their candidates in turn."""
-    groups = require(graph, stage="calibrated").groups
-    choices = {
-        group.name: str(group.candidates[index % len(group.candidates)])
-        for index, group in enumerate(groups)
-    }
-    return with_choices(graph, choices)
 
 
 def calls(graph: fx.GraphModule, target: object) -> list[fx.Node]:
@@ -49,16 +37,21 @@ def assert_equal(graph: fx.GraphModule, planned: fx.GraphModule, batch: object) 
 
 
 @pytest.fixture(scope="module")
-def planned(calibrated: Made, conv_graph: fx.GraphModule, images: list[Tensor]) -> fx.GraphModule:
-    return mixed(calibrated(conv_graph, images, "openvino", candidates=WIDTHS))
+def planned(
+    calibrated: Made, in_turn: Made, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> fx.GraphModule:
+    return in_turn(calibrated(conv_graph, images, "openvino", candidates=WIDTHS))
 
 
 @pytest.fixture(scope="module")
 def planned_bert(
-    calibrated: Made, bert_graph: fx.GraphModule, token_batches: list[dict[str, Tensor]]
+    calibrated: Made,
+    in_turn: Made,
+    bert_graph: fx.GraphModule,
+    token_batches: list[dict[str, Tensor]],
 ) -> fx.GraphModule:
     candidates = [*WIDTHS, Precision(4), Precision()]
-    return mixed(calibrated(bert_graph, token_batches, candidates=candidates))
+    return in_turn(calibrated(bert_graph, token_batches, candidates=candidates))
 
 
 @pytest.mark.parametrize("signed", [False, True])

@@ -8,6 +8,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from fxmpq.errors import TargetError
+from fxmpq.graph.reasons import first_line
 from fxmpq.targets.executorch.packages import (
     EdgeCompileConfig,
     Runtime,
@@ -57,7 +58,7 @@ def lower_program(program: ExportedProgram) -> Lowered:
             raise
         except Exception as error:
             raise TargetError(
-                f"ExecuTorch cannot take this model: {_first_line(error)}. Target 'onnxruntime' "
+                f"ExecuTorch cannot take this model: {first_line(error)}. Target 'onnxruntime' "
                 "may, and 'reference' does"
             ) from error
     _check_operators(written.executorch_program)
@@ -92,8 +93,3 @@ def _check_operators(program: object) -> None:
             f"ExecuTorch has no kernel for {', '.join(missing)}; target 'onnxruntime' may run this "
             "model, and 'reference' does"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -9,7 +9,7 @@ from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.operators import OPERATORS, argument
 from fxmpq.graph.rules import TargetRules
 from fxmpq.quantizers.integer import per_channel
-from fxmpq.targets.decomposed import to_decomposed
+from fxmpq.targets.decomposed import quantize_again, to_decomposed
 from fxmpq.targets.executorch.embeddings import pack_embeddings
 from fxmpq.targets.lowering import finish, store_tensor
 from fxmpq.targets.qdq import layers_of
@@ -50,7 +50,7 @@ def to_xnnpack_form(graph: fx.GraphModule, rules: TargetRules) -> fx.GraphModule
     rewritten = to_decomposed(graph, signed=True)
     for node in list(rewritten.graph.nodes):
         if node.target in rules.through and _is_real(node.args[0]):
-            _quantize_again(rewritten, node)
+            quantize_again(rewritten, node)
     for node in list(rewritten.graph.nodes):
         operator = OPERATORS.get(node.target)
         weight = argument(node, operator.weight) if operator is not None else None
@@ -110,21 +110,6 @@ _CHANNELS = frozenset({quantized_decomposed.dequantize_per_channel.default})
 def _is_real(node: object) -> bool:
     dequantize = quantized_decomposed.dequantize_per_tensor.default
     return isinstance(node, fx.Node) and node.target is dequantize
-
-
-def _quantize_again(graph: fx.GraphModule, node: fx.Node) -> None:
-    """Let readers of a value that lies on a grid read it through the codes of that grid."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    grid, readers = source.args[1:], list(node.users)
-    with graph.graph.inserting_after(node):
-        quantize = quantized_decomposed.quantize_per_tensor.default
-        codes = graph.graph.call_function(quantize, (node, *grid))
-    for reader in readers:
-        with graph.graph.inserting_before(reader):
-            dequantize = quantized_decomposed.dequantize_per_tensor.default
-            real = graph.graph.call_function(dequantize, (codes, *grid))
-        reader.replace_input_with(node, real)
 
 
 def _grids(graph: fx.GraphModule, node: fx.Node, weight: fx.Node) -> tuple[float, float] | None:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from fxmpq.errors import TargetError
 from fxmpq.graph.batches import Batch, flat_inputs
+from fxmpq.graph.reasons import first_line
 from fxmpq.graph.state import state_of
 from fxmpq.targets.inductor.compiled import CompiledGraph
 from fxmpq.targets.inductor.compiler import check_compiler
@@ -42,10 +43,8 @@ def convert_inductor(graph: fx.GraphModule, output: Path | None) -> Converted:
     try:
         compiled(state_of(graph).example)
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = " ".join([type(error).__name__, *lines[:1]])
         raise TargetError(
-            f"torch's compiler cannot run this model: {said}. Target 'onnxruntime' "
+            f"torch's compiler cannot run this model: {first_line(error)}. Target 'onnxruntime' "
             "may, and 'reference' does"
         ) from error
 

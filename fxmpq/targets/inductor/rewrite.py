@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxmpq.graph.attributes import get_tensor
+from fxmpq.targets.decomposed import quantize_again
 from fxmpq.targets.two_dimensions import IN_TWO_DIMENSIONS, geometry_of_two
 
 aten = torch.ops.aten
@@ -28,8 +29,10 @@ def rewrite_for_compiler(graph: fx.GraphModule) -> None:
         graph: With `uint8` codes.
     """
     for node in list(graph.graph.nodes):
-        if node.target is aten.max_pool2d.default:
-            _pool_codes(graph, node)
+        if node.target is aten.max_pool2d.default and _reads_codes(node):
+            # The compiler pools codes where codes are wanted, and takes for granted that both have
+            # one scale: it must see the quantization that changes nothing.
+            quantize_again(graph, node)
         elif node.target is aten.linear.default:
             _lay_out_codes(graph, node)
         elif node.target in IN_TWO_DIMENSIONS:
@@ -47,24 +50,6 @@ def _reads_codes(node: fx.Node) -> fx.Node | None:
     return source if isinstance(source, fx.Node) and source.target is DEQUANTIZE else None
 
 
-def _pool_codes(graph: fx.GraphModule, pool: fx.Node) -> None:
-    """Have a pooling's readers dequantize codes, which are those that it reads.
-
-    The compiler pools codes where codes are wanted, and takes for granted that both have one
-    scale: it must see the quantization that changes nothing.
-    """
-    source = _reads_codes(pool)
-    if source is None:
-        return
-    grid, readers = source.args[1:], list(pool.users)
-    with graph.graph.inserting_after(pool):
-        codes = graph.graph.call_function(QUANTIZE, (pool, *grid))
-    for reader in readers:
-        with graph.graph.inserting_before(reader):
-            real = graph.graph.call_function(DEQUANTIZE, (codes, *grid))
-        reader.replace_input_with(pool, real)
-
-
 def _lay_out_codes(graph: fx.GraphModule, linear: fx.Node) -> None:
     """Have a linear layer read codes in C order.
 
@@ -78,46 +63,61 @@ def _lay_out_codes(graph: fx.GraphModule, linear: fx.Node) -> None:
         source.update_arg(0, codes)
 
 
+def _stored_codes(graph: fx.GraphModule, conv: fx.Node) -> Tensor | None:
+    """The codes of a convolution's weight; `None` if the compiler does not run it on integers."""
+    weight = conv.args[1]
+    if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_WEIGHT:
+        return None
+    return None if _reads_codes(conv) is None else get_tensor(graph, _name_of_codes(weight))
+
+
+def _store_instead(graph: fx.GraphModule, conv: fx.Node, suffix: str, codes: Tensor) -> None:
+    """Let a convolution read other codes of its weight; what else reads them keeps them."""
+    weight = conv.args[1]
+    assert isinstance(weight, fx.Node)
+    name = f"{_name_of_codes(weight)}_{suffix}"
+    graph.register_buffer(name, codes)
+    with graph.graph.inserting_before(weight):
+        weight.update_arg(0, graph.graph.get_attr(name))
+
+
+def _name_of_codes(weight: fx.Node) -> str:
+    stored = weight.args[0]
+    assert isinstance(stored, fx.Node)
+    return str(stored.target)
+
+
+def _change_input(graph: fx.GraphModule, conv: fx.Node, target: object, *args: object) -> None:
+    """Pass the codes that a convolution reads through an operator."""
+    source = conv.args[0]
+    assert isinstance(source, fx.Node)
+    with graph.graph.inserting_before(source):
+        changed = graph.graph.call_function(target, (source.args[0], *args))  # type: ignore[arg-type]
+    source.update_arg(0, changed)
+
+
 def _add_channel(graph: fx.GraphModule, conv: fx.Node) -> None:
     """Let a convolution of a single channel read a second one, with weights of 0.
 
     The order of one channel's values in memory is ambiguous, and torch 2.13 takes it once for the
     one and once for the other.
     """
-    source, weight = _reads_codes(conv), conv.args[1]
-    if source is None or getattr(weight, "target", None) is not DEQUANTIZE_WEIGHT:
-        return
-    assert isinstance(weight, fx.Node)
-    stored = weight.args[0]
-    assert isinstance(stored, fx.Node)
-    codes = get_tensor(graph, str(stored.target))
+    codes = _stored_codes(graph, conv)
     groups = conv.args[6] if len(conv.args) > 6 else 1
-    if codes.shape[1] != 1 or groups != 1:
+    if codes is None or codes.shape[1] != 1 or groups != 1:
         return
-    name = f"{stored.target}_filled"
-    graph.register_buffer(name, torch.nn.functional.pad(codes, _ONE_CHANNEL))
-    with graph.graph.inserting_before(weight):
-        weight.update_arg(0, graph.graph.get_attr(name))
-    with graph.graph.inserting_before(source):
-        filled = aten.constant_pad_nd.default, (source.args[0], list(_ONE_CHANNEL))
-        source.update_arg(0, graph.graph.call_function(*filled))
+    _store_instead(graph, conv, "filled", torch.nn.functional.pad(codes, _ONE_CHANNEL))
+    _change_input(graph, conv, aten.constant_pad_nd.default, list(_ONE_CHANNEL))
 
 
 def _widen(graph: fx.GraphModule, conv: fx.Node) -> None:
     """Compute a convolution over one dimension as one over two; torch 2.13 fails to compile it."""
-    source, weight = _reads_codes(conv), conv.args[1]
-    if source is None or getattr(weight, "target", None) is not DEQUANTIZE_WEIGHT:
+    codes = _stored_codes(graph, conv)
+    if codes is None:
         return
-    assert isinstance(weight, fx.Node)
-    stored = weight.args[0]
-    assert isinstance(stored, fx.Node)
-    name = f"{stored.target}_2d"
-    graph.register_buffer(name, get_tensor(graph, str(stored.target)).unsqueeze(2))
+    _store_instead(graph, conv, "2d", codes.unsqueeze(2))
+    _change_input(graph, conv, aten.unsqueeze.default, 2)
     call = graph.graph.call_function
-    with graph.graph.inserting_before(weight):
-        weight.update_arg(0, graph.graph.get_attr(name))
-    with graph.graph.inserting_before(source):
-        source.update_arg(0, call(aten.unsqueeze.default, (source.args[0], 2)))
     with graph.graph.inserting_before(conv):
         operands = (*conv.args[:3], *geometry_of_two(conv))
         wide = call(IN_TWO_DIMENSIONS[conv.target], operands)

@@ -10,8 +10,6 @@ from torch import Tensor, fx, nn
 
 from fxmpq.formats import Precision
 from fxmpq.graph.run import run_batch
-from fxmpq.graph.state import require
-from fxmpq.graph.switch import with_choices
 from fxmpq.graph.trace import trace
 from fxmpq.targets.convert import convert
 from fxmpq.targets.divergence import layer_agreements
@@ -25,22 +23,15 @@ def parsed(*names: str) -> list[Precision]:
     return [Precision.parse(name) for name in names]
 
 
-def mixed(graph: fx.GraphModule) -> fx.GraphModule:
-    """Gives the groups their candidates in turn."""
-    groups = require(graph, stage="calibrated").groups
-    choices = {
-        group.name: str(group.candidates[index % len(group.candidates)])
-        for index, group in enumerate(groups)
-    }
-    return with_choices(graph, choices)
-
-
 @pytest.fixture(scope="module")
 def planned_bert(
-    calibrated: Made, bert_graph: fx.GraphModule, token_batches: list[dict[str, Tensor]]
+    calibrated: Made,
+    in_turn: Made,
+    bert_graph: fx.GraphModule,
+    token_batches: list[dict[str, Tensor]],
 ) -> fx.GraphModule:
     names = ("w8a8", "w4b32", "we4m3ae4m3", "we4m3")
-    return mixed(calibrated(bert_graph, token_batches, "cuda", candidates=parsed(*names)))
+    return in_turn(calibrated(bert_graph, token_batches, "cuda", candidates=parsed(*names)))
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +45,10 @@ def agreement(made: Converted, planned: fx.GraphModule, batch: object) -> float:
 
 
 def test_static_integers_agree_to_float_rounding(
-    calibrated: Made, conv_graph: fx.GraphModule, images: list[Tensor]
+    calibrated: Made, in_turn: Made, conv_graph: fx.GraphModule, images: list[Tensor]
 ) -> None:
     candidates = parsed("w2a8", "w4a8", "w8a8", "we4m3ae4m3")
-    planned = mixed(calibrated(conv_graph, images, "cuda", candidates=candidates))
+    planned = in_turn(calibrated(conv_graph, images, "cuda", candidates=candidates))
     made = convert(planned, verify=images)
     assert made.target == "cuda"
     assert made.sqnr_db > 110
@@ -130,7 +121,10 @@ def test_files_are_those_of_the_reference(
 
 
 def test_bfloat16_computes_what_stays_float(
-    calibrated: Made, bert_graph: fx.GraphModule, token_batches: list[dict[str, Tensor]]
+    calibrated: Made,
+    in_turn: Made,
+    bert_graph: fx.GraphModule,
+    token_batches: list[dict[str, Tensor]],
 ) -> None:
     graph = calibrated(
         bert_graph,
@@ -139,7 +133,7 @@ def test_bfloat16_computes_what_stays_float(
         candidates=parsed("w8a8", "we4m3"),
         exclude=["*value"],
     )
-    made = convert(mixed(graph), verify=token_batches)
+    made = convert(in_turn(graph), verify=token_batches)
     assert made.target == "cuda-bf16"
     kernels = {row.layer: (row.asked, row.kernel) for row in made.layers}
     floats = {name: kernel for name, (asked, kernel) in kernels.items() if asked == "fp32"}

@@ -121,5 +121,5 @@ def test_what_the_compiler_fails_on_is_an_error(
         raise AssertionError("expected size 5==5\nand more")
 
     monkeypatch.setattr(module.CompiledGraph, "__call__", fail)
-    with pytest.raises(TargetError, match="AssertionError expected size 5==5. Target"):
+    with pytest.raises(TargetError, match="AssertionError: expected size 5==5. Target"):
         module.convert_inductor(planned, None)

@@ -29,22 +29,21 @@ Made = Callable[..., fx.GraphModule]
 Batches = Sequence[Tensor] | Sequence[dict[str, Tensor]]
 
 
-def in_turn(graph: fx.GraphModule, batches: Batches, *candidates: str) -> fx.GraphModule:
+@pytest.fixture(scope="module")
+def planned_for(calibrated: Made, in_turn: Made) -> Made:
     """Calibrates, and gives the groups their candidates in turn."""
-    wanted = [Precision.parse(name) for name in candidates]
-    prepared = insert_quantizers(graph, TENSORRT.rules, candidates=wanted)
-    graph = calibrate(prepared, batches, progress=False)
-    choices = {
-        group.name: str(group.candidates[index % len(group.candidates)])
-        for index, group in enumerate(state_of(graph).groups)
-    }
-    return with_choices(graph, choices)
+
+    def make(graph: fx.GraphModule, batches: Batches, *candidates: str) -> fx.GraphModule:
+        wanted = [Precision.parse(name) for name in candidates]
+        return in_turn(calibrated(graph, batches, "tensorrt", candidates=wanted))
+
+    return make
 
 
 @pytest.fixture(scope="module")
-def planned(conv_graph: fx.GraphModule, images: list[Tensor]) -> fx.GraphModule:
+def planned(planned_for: Made, conv_graph: fx.GraphModule, images: list[Tensor]) -> fx.GraphModule:
     """int8, E4M3 and float in turn."""
-    return in_turn(conv_graph, images, "w8a8", "we4m3tae4m3", "fp32")
+    return planned_for(conv_graph, images, "w8a8", "we4m3tae4m3", "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +66,10 @@ class Blocks(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def blocks(tmp_path_factory: pytest.TempPathFactory) -> Converted:
+def blocks(planned_for: Made, tmp_path_factory: pytest.TempPathFactory) -> Converted:
     torch.manual_seed(0)
     indices = torch.arange(24).reshape(4, 6)
-    graph = in_turn(trace(Blocks().eval(), indices), [indices], "w4b64", "w8a8")
+    graph = planned_for(trace(Blocks().eval(), indices), [indices], "w4b64", "w8a8")
     plan = {"table": "fp32", "wide": "w4b64", "narrow": "w8a8"}
     return convert(with_choices(graph, plan), output=tmp_path_factory.mktemp("blocks"))
 
@@ -132,11 +131,13 @@ def test_onnxs_own_evaluator_computes_the_same(blocks: Converted) -> None:
 
 
 @pytest.mark.parametrize("precision", ["w8a8", "we4m3tae4m3", "w4b128"])
-def test_a_file_is_as_large_as_the_plan_says(precision: str, tmp_path: Path) -> None:
+def test_a_file_is_as_large_as_the_plan_says(
+    planned_for: Made, precision: str, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 512)
     graph = trace(nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512)), x)
-    planned = in_turn(graph, [x], precision)
+    planned = planned_for(graph, [x], precision)
     predicted = cost(planned).total("weights", state_of(planned).choices)
     found = convert(planned, output=tmp_path)
     assert found.files[0].stat().st_size == pytest.approx(predicted, rel=0.03)
