@@ -25,7 +25,10 @@ _SHARP = 1e-6
 _STEEP = 1e6
 # A solver looks for improvements of about 1e-5 at least: 1e-9 of an objective scaled so.
 OBJECTIVE_SCALE = 1e4
-NONE_LEFT = (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE)
+_NONE_LEFT = (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE)
+
+Columns = dict[int, mip.Var]
+"""The variable of each option, by its key."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,20 @@ def branch(
         option.key: model.add_var(var_type=mip.BINARY, obj=option.value / unit * OBJECTIVE_SCALE)
         for option in instance.options
     }
+    constrain(model, instance, columns)
+    if not add_covers(model, covers, instance, columns):
+        return Branched(None, complete=True, bound=0.0)
+    return optimised(model, instance, columns, seconds)
+
+
+def constrain(model: mip.Model, instance: Instance, columns: Columns) -> None:
+    """Add that each group takes one option, and the limits, each as a sum of shares up to 1.
+
+    Args:
+        model: Added to.
+        instance: The program; no limit of it is 0.
+        columns: The model's.
+    """
     for group in instance.groups:
         variables = [columns[option.key] for option in group]
         model.add_constr(mip.LinExpr(variables, [1.0] * len(variables), -1.0, "="))
@@ -94,25 +111,56 @@ def branch(
         taking = [option for option in instance.options if option.costs[row]]
         shares = [option.costs[row] / limit for option in taking]
         model.add_constr(mip.LinExpr([columns[option.key] for option in taking], shares, -1.0, "<"))
+
+
+def add_covers(
+    model: mip.Model, covers: Sequence[Cover], instance: Instance, columns: Columns
+) -> bool:
+    """Add cover inequalities.
+
+    Args:
+        model: Added to.
+        covers: Of the options of `instance` and of those it has settled.
+        instance: The program.
+        columns: The model's.
+
+    Returns:
+        Whether what is settled keeps all of them.
+    """
     for cover in covers:
-        free = [columns[key] for key in cover.keys if key in columns]
+        free = [columns[key] for key in sorted(cover.keys) if key in columns]
         most = cover.most - len(cover.keys.intersection(instance.settled))
         if most < 0:
-            return Branched(None, complete=True, bound=0.0)
+            return False
         if free:
             model.add_constr(mip.LinExpr(free, [1.0] * len(free), -float(most), "<"))
+    return True
+
+
+def optimised(model: mip.Model, instance: Instance, columns: Columns, seconds: float) -> Branched:
+    """Solve a model.
+
+    Args:
+        model: Of the program.
+        instance: The program.
+        columns: The model's.
+        seconds: Time limit, positive.
+
+    Returns:
+        The best solution found, within the solver's tolerance.
+    """
     status = model.optimize(max_seconds=seconds)
-    if status in NONE_LEFT:
+    if status in _NONE_LEFT:
         return Branched(None, complete=True, bound=0.0)
     if model.num_solutions == 0:
         # What CBC gives as a bound then is its largest number.
         return Branched(None, complete=False, bound=0.0)
-    proven = float(model.objective_bound or 0.0) / OBJECTIVE_SCALE
+    bound = float(model.objective_bound or 0.0) / OBJECTIVE_SCALE
     chosen = tuple(
         max(group, key=lambda option: float(columns[option.key].x)) for group in instance.groups
     )
     complete = status == mip.OptimizationStatus.OPTIMAL
-    return Branched(chosen, complete=complete, bound=max(proven, 0.0))
+    return Branched(chosen, complete=complete, bound=max(bound, 0.0))
 
 
 def violated_cover(instance: Instance, chosen: Sequence[Option]) -> Cover:

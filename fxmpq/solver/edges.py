@@ -14,7 +14,14 @@ from fxmpq.solver.exact import allowance, common_denominator, exact
 from fxmpq.solver.instance import Option
 from fxmpq.solver.pair_search import find_paired_optimum
 from fxmpq.solver.pairs import Pair, PairedInstance, Terms
-from fxmpq.solver.program import IntegerProgram, Row, Solution, keeping_torch_threads, solve_program
+from fxmpq.solver.program import (
+    IntegerProgram,
+    Row,
+    Solution,
+    keeping_torch_threads,
+    solution_of,
+    solve_program,
+)
 from fxmpq.solver.ties import Table
 
 
@@ -141,16 +148,11 @@ def solve_with_edges(
     if best is None:
         raise InfeasibleBudgetError("no choice is within all limits")
     choices = program.program.choices(best.keys)
+    choices = {group: choices[group] for group in objective}
     own = [objective[group][name] for group, name in choices.items()]
     total = exact_sum([*own, *(edge.cost(choices) for edge in edges)])
-    proven = best.bound >= best.objective
-    return Solution(
-        choices={group: choices[group] for group in objective},
-        objective=total,
-        bound=total if proven else min(total, float(best.bound / program.scale)),
-        status="optimal" if proven else "feasible",
-        seconds=time.perf_counter() - began,
-    )
+    bound = None if best.bound >= best.objective else best.bound / program.scale
+    return solution_of(choices, total, bound, began)
 
 
 def solve_rows(

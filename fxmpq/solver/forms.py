@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Collection, Sequence
 from fractions import Fraction
 
@@ -11,7 +10,7 @@ from fxmpq.errors import InfeasibleBudgetError
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.solver.branch import check_solver, sharp_prices
 from fxmpq.solver.instance import Instance, reduce_instance
-from fxmpq.solver.program import IntegerProgram, Row, Solution
+from fxmpq.solver.program import IntegerProgram, Row, Solution, solution_of
 from fxmpq.solver.relaxation import Relaxation
 from fxmpq.solver.search import find_optimum
 
@@ -57,15 +56,10 @@ def named_solution(
         The solution; `optimal` if the bound reaches the objective.
     """
     choices = program.choices(keys)
+    choices = {group: choices[group] for group in sensitivity.values}
     total = math.fsum(sensitivity.values[group][name] for group, name in choices.items())
-    proven = bound >= integer_value(program, keys)
-    return Solution(
-        choices={group: choices[group] for group in sensitivity.values},
-        objective=total,
-        bound=total if proven else min(total, float(bound / program.scale)),
-        status="optimal" if proven else "feasible",
-        seconds=time.perf_counter() - began,
-    )
+    is_reached = bound >= integer_value(program, keys)
+    return solution_of(choices, total, None if is_reached else bound / program.scale, began)
 
 
 def lower_bound(instance: Instance, objective: int, solver: str, seconds: float) -> Fraction:

@@ -14,7 +14,7 @@ from fxmpq.costs.table import CostTable
 from fxmpq.errors import BudgetError, FxmpqError, InfeasibleBudgetError, closest
 from fxmpq.formats import Precision
 from fxmpq.sensitivity.sensitivity import Sensitivity
-from fxmpq.solver.branch import new_model
+from fxmpq.solver.branch import constrain, new_model
 from fxmpq.solver.forms import (
     any_choice,
     integer_program,
@@ -164,13 +164,7 @@ def _relax(program: IntegerProgram, solver: str, seconds: float) -> Relaxed:
     columns = {
         option.key: model.add_var(obj=option.value / unit * _SCALE) for option in reduced.options
     }
-    for group in reduced.groups:
-        variables = [columns[option.key] for option in group]
-        model.add_constr(mip.LinExpr(variables, [1.0] * len(variables), -1.0, "="))
-    for row, limit in enumerate(reduced.limits):
-        taking = [option for option in reduced.options if option.costs[row]]
-        shares = [option.costs[row] / limit for option in taking]
-        model.add_constr(mip.LinExpr([columns[option.key] for option in taking], shares, -1.0, "<"))
+    constrain(model, reduced, columns)
     # CBC prints the log of a linear program whatever it is told, but that of an integer one not.
     model.add_var(var_type=mip.BINARY)
     if seconds <= 0 or model.optimize(max_seconds=seconds) != mip.OptimizationStatus.OPTIMAL:

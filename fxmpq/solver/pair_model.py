@@ -6,14 +6,20 @@ from collections.abc import Sequence
 
 import mip
 
-from fxmpq.solver.branch import NONE_LEFT, OBJECTIVE_SCALE, Branched, Cover, new_model
-from fxmpq.solver.instance import Option
+from fxmpq.solver.branch import (
+    OBJECTIVE_SCALE,
+    Branched,
+    Columns,
+    Cover,
+    add_covers,
+    new_model,
+    optimised,
+)
 from fxmpq.solver.pairs import Pair, PairedInstance, classes
 
 # Of a limit: what takes less counts as nothing.
 _LEAST_SHARE = 1e-6
 
-Columns = dict[int, mip.Var]
 # What a sum consists of: coefficients and their variables.
 _Sum = tuple[list[float], list[mip.Var]]
 
@@ -69,28 +75,9 @@ def branch_pairs(
         _add_pair(model, columns, paired, pair, sums, unit)
     for found in sums:
         _constrain(model, found, 1.0, "<")
-    for cover in covers:
-        free = [columns[key] for key in sorted(cover.keys) if key in columns]
-        most = cover.most - len(cover.keys.intersection(instance.settled))
-        if most < 0:
-            return Branched(None, complete=True, bound=0.0)
-        if free:
-            _constrain(model, ([1.0] * len(free), free), float(most), "<")
-    return _optimised(model, instance.groups, columns, seconds)
-
-
-def _optimised(
-    model: mip.Model, groups: Sequence[Sequence[Option]], columns: Columns, seconds: float
-) -> Branched:
-    status = model.optimize(max_seconds=seconds)
-    if status in NONE_LEFT:
+    if not add_covers(model, covers, instance, columns):
         return Branched(None, complete=True, bound=0.0)
-    if model.num_solutions == 0:
-        return Branched(None, complete=False, bound=0.0)
-    chosen = tuple(max(group, key=lambda option: float(columns[option.key].x)) for group in groups)
-    bound = float(model.objective_bound or 0.0) / OBJECTIVE_SCALE
-    complete = status == mip.OptimizationStatus.OPTIMAL
-    return Branched(chosen, complete=complete, bound=max(bound, 0.0))
+    return optimised(model, instance, columns, seconds)
 
 
 def _add_pair(

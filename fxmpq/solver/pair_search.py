@@ -17,6 +17,8 @@ from fxmpq.solver.search import Found, Start, find_optimum
 _COARSE = 1000
 # The first choice need not be better than this: it only sets the scale.
 _FIRST_GAP = 0.1
+# Of the time, for the program without pairs, which may not settle the one with them.
+_PLAIN_SHARE = 0.5
 
 
 def find_paired_optimum(
@@ -30,9 +32,10 @@ def find_paired_optimum(
     """Find the choice of least value that keeps all limits.
 
     Without what pairs take beyond the least the program is the plain one, which `find_optimum`
-    solves: it bounds this one, and where its choice pays nothing for pairs, it is this one's
-    optimum. Else the integer program with pairs (`branch_pairs`) gives a choice, whose objective
-    sets the scale and rules out options for the next one, which proves the optimum.
+    solves in at most half the time: it bounds this one, and where its choice pays nothing for
+    pairs, it is this one's optimum. Else the integer program with pairs (`branch_pairs`) gives a
+    choice, whose objective sets the scale and rules out options for the next one, which proves
+    the optimum.
 
     Solvers allow sums to exceed limits by a tolerance. Solutions are therefore checked in
     integers, and one that exceeds a limit is cut off by the cover inequality it violates.
@@ -52,14 +55,20 @@ def find_paired_optimum(
     """
     began = time.monotonic()
     plain = split_pairs(paired)
-    relaxed = find_optimum(plain.instance, solver=solver, time_limit=time_limit, max_gap=max_gap)
-    if relaxed is None:
-        return None
-    if paired.is_met_by(relaxed.keys) and paired.totals(relaxed.keys)[0] == relaxed.objective:
-        return relaxed
     search = _PairSearch(plain, solver, began + time_limit, time_limit, max_gap)
-    search.bound = relaxed.bound
-    search.offer(relaxed.keys)
+    share = _PLAIN_SHARE * time_limit
+    try:
+        relaxed = find_optimum(plain.instance, solver=solver, time_limit=share, max_gap=max_gap)
+    except BudgetError:
+        # No choice in time: what pairs take may rule out more, and there is time left.
+        pass
+    else:
+        if relaxed is None:
+            return None
+        search.bound = relaxed.bound
+        search.offer(relaxed.keys)
+        if search.objective == relaxed.objective and search.is_done:
+            return relaxed
     if start is not None:
         search.offer(start.keys)
         if start.floor is not None:
@@ -104,7 +113,10 @@ def find_either(
 
 
 class _PairSearch:
-    """The best choice so far, the bound so far, and the inequalities learnt."""
+    """The best choice so far, the bound so far, and the inequalities learnt.
+
+    Pairs have been split from options, so that the least options bound the objective.
+    """
 
     def __init__(
         self,
@@ -116,7 +128,8 @@ class _PairSearch:
     ) -> None:
         self.keys: frozenset[int] = frozenset()
         self.objective: int | None = None
-        self.bound = Fraction(0)
+        least = sum(min(option.value for option in group) for group in paired.instance.groups)
+        self.bound = Fraction(paired.instance.constant + least)
         self._paired = paired
         self._solver = solver
         self._deadline = deadline
@@ -138,7 +151,7 @@ class _PairSearch:
     def step(self) -> bool:
         """Solve what is left once; returns whether anything is left to do then."""
         before = self.objective
-        if before is not None and self._is_good_enough(before):
+        if self.is_done:
             return False
         reduced = reduce_pairs(self._paired, None if before is None else before - 1)
         if reduced is None or self._is_free(reduced):
@@ -207,8 +220,12 @@ class _PairSearch:
         assert self.objective is not None, "there is a choice"
         return self.objective
 
-    def _is_good_enough(self, objective: int) -> bool:
-        return objective - self.bound <= Fraction(self._max_gap) * abs(objective)
+    @property
+    def is_done(self) -> bool:
+        """Whether there is a choice, and it is proven to be near enough to the best."""
+        if self.objective is None:
+            return False
+        return self.objective - self.bound <= Fraction(self._max_gap) * abs(self.objective)
 
 
 def _worst(paired: PairedInstance) -> int:

@@ -199,13 +199,28 @@ def solve_program(
     if best is None:
         raise InfeasibleBudgetError("no choice is within all limits")
     choices = program.choices(best.keys)
+    choices = {group: choices[group] for group in objective}
     total = _total(objective[group][name] for group, name in choices.items())
-    proven = best.bound >= best.objective
+    bound = None if best.bound >= best.objective else best.bound / program.scale
+    return solution_of(choices, total, bound, began)
+
+
+def solution_of(
+    choices: dict[str, str], total: float, bound: Fraction | None, began: float
+) -> Solution:
+    """Say what was found and what is proven of it.
+
+    Args:
+        choices: Precision name per group.
+        total: Their objective.
+        bound: Proven lower bound of the objective, exact; `None` where it reaches it.
+        began: Reading of `time.perf_counter` when the work began.
+    """
     return Solution(
-        choices={group: choices[group] for group in objective},
+        choices=choices,
         objective=total,
-        bound=total if proven else min(total, float(best.bound / program.scale)),
-        status="optimal" if proven else "feasible",
+        bound=total if bound is None else min(total, float(bound)),
+        status="optimal" if bound is None else "feasible",
         seconds=time.perf_counter() - began,
     )
 

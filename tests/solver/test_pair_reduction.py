@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import itertools
-
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,42 +7,14 @@ from fxmpq.solver.instance import Instance, Option
 from fxmpq.solver.pair_reduction import reduce_pairs, split_pairs
 from fxmpq.solver.pairs import Pair, PairedInstance
 
-
-@st.composite
-def programs(draw: st.DrawFn) -> PairedInstance:
-    sizes = draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
-    rows = draw(st.integers(0, 2))
-    keys = itertools.count()
-    number = st.integers(0, 5)
-    groups = tuple(
-        tuple(
-            Option(next(keys), draw(st.integers(-3, 5)), tuple(draw(number) for _ in range(rows)))
-            for _ in range(size)
-        )
-        for size in sizes
-    )
-    pairs = []
-    every_ends = list(itertools.combinations(range(len(sizes)), 2))
-    ends = st.lists(st.sampled_from(every_ends), max_size=3, unique=True)
-    for left, right in draw(ends) if every_ends else ():
-        entry = st.tuples(*[number for _ in range(rows + 1)])
-        entries = {(a.key, b.key): draw(entry) for a in groups[left] for b in groups[right]}
-        pairs.append(Pair(left, right, entries))
-    limits = tuple(draw(st.integers(0, 25)) for _ in range(rows))
-    instance = Instance(groups, limits, constant=draw(st.integers(-2, 2)))
-    return PairedInstance(instance, tuple(pairs))
+from .conftest import every_choice, paired_programs
 
 
-def every(paired: PairedInstance) -> list[list[int]]:
-    keys = ([option.key for option in group] for group in paired.instance.groups)
-    return [list(found) for found in itertools.product(*keys)]
-
-
-@given(programs())
+@given(paired_programs())
 def test_splitting_changes_no_total_and_bounds_without_the_pairs(paired: PairedInstance) -> None:
     split = split_pairs(paired)
     alone = PairedInstance(split.instance, ())
-    for keys in every(paired):
+    for keys in every_choice(paired):
         assert split.totals(keys) == paired.totals(keys)
         both = zip(alone.totals(keys), paired.totals(keys), strict=True)
         assert all(own <= total for own, total in both)
@@ -55,10 +25,10 @@ def test_splitting_changes_no_total_and_bounds_without_the_pairs(paired: PairedI
                 assert {min(column) for column in zip(*rows, strict=True)} == {0}
 
 
-@given(programs(), st.none() | st.integers(-5, 20))
+@given(paired_programs(), st.none() | st.integers(-5, 20))
 def test_the_optimum_is_kept(paired: PairedInstance, ceiling: int | None) -> None:
     reduced = reduce_pairs(paired, ceiling)
-    fitting = [paired.totals(keys)[0] for keys in every(paired) if paired.is_met_by(keys)]
+    fitting = [paired.totals(keys)[0] for keys in every_choice(paired) if paired.is_met_by(keys)]
     worth = [value for value in fitting if ceiling is None or value <= ceiling]
     if reduced is None:
         assert not worth
@@ -66,19 +36,20 @@ def test_the_optimum_is_kept(paired: PairedInstance, ceiling: int | None) -> Non
     settled = reduced.instance.settled
     found = [
         (paired.totals([*settled, *keys])[0], reduced.totals(keys)[0])
-        for keys in every(reduced)
+        for keys in every_choice(reduced)
         if reduced.is_met_by(keys)
     ]
     # What is left has the values and the limits of what it was.
     assert all(before == after for before, after in found)
     assert all(
-        reduced.is_met_by(keys) == paired.is_met_by([*settled, *keys]) for keys in every(reduced)
+        reduced.is_met_by(keys) == paired.is_met_by([*settled, *keys])
+        for keys in every_choice(reduced)
     )
     if worth:
         assert min(value for value, _ in found) == min(worth)
 
 
-@given(programs())
+@given(paired_programs())
 def test_what_is_left_is_normal(paired: PairedInstance) -> None:
     reduced = reduce_pairs(paired)
     if reduced is None:

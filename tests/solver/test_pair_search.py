@@ -15,7 +15,9 @@ from fxmpq.solver.branch import Branched
 from fxmpq.solver.instance import Instance, Option
 from fxmpq.solver.pair_search import find_either, find_paired_optimum
 from fxmpq.solver.pairs import Pair, PairedInstance
-from fxmpq.solver.search import Start, find_optimum
+from fxmpq.solver.search import Found, Start, find_optimum
+
+from .conftest import draw_groups, draw_pairs, every_choice
 
 SOLVERS = ("cbc", "highs")
 
@@ -25,26 +27,14 @@ def programs(draw: st.DrawFn) -> PairedInstance:
     """Small, with values of one size or spread over many orders of magnitude."""
     sizes = draw(st.lists(st.integers(1, 4), min_size=2, max_size=5))
     rows = draw(st.integers(0, 2))
-    keys = itertools.count()
     cost = draw(st.sampled_from([st.integers(0, 5), st.integers(0, 10**6)]))
     value = draw(
         st.sampled_from(
             [st.integers(-3, 9), st.integers(0, 12).map(lambda power: 10**power), st.just(0)]
         )
     )
-    groups = tuple(
-        tuple(
-            Option(next(keys), draw(value), tuple(draw(cost) for _ in range(rows)))
-            for _ in range(size)
-        )
-        for size in sizes
-    )
-    pairs = []
-    ends = st.sampled_from(list(itertools.combinations(range(len(sizes)), 2)))
-    for left, right in draw(st.lists(ends, max_size=4, unique=True)):
-        entry = st.tuples(value, *[cost for _ in range(rows)])
-        entries = {(a.key, b.key): draw(entry) for a in groups[left] for b in groups[right]}
-        pairs.append(Pair(left, right, entries))
+    groups = draw_groups(draw, sizes, rows, value=value, cost=cost)
+    pairs = draw_pairs(draw, groups, st.tuples(value, *[cost for _ in range(rows)]), most=4)
     shares = [draw(st.floats(0, 1)) for _ in range(rows)]
     spans = [
         sum(max(o.costs[row] for o in group) for group in groups)
@@ -52,19 +42,14 @@ def programs(draw: st.DrawFn) -> PairedInstance:
         for row in range(rows)
     ]
     limits = tuple(int(share * span) for share, span in zip(shares, spans, strict=True))
-    return PairedInstance(Instance(groups, limits, constant=draw(st.integers(-9, 9))), tuple(pairs))
-
-
-def every(paired: PairedInstance) -> list[frozenset[int]]:
-    keys = ([option.key for option in group] for group in paired.instance.groups)
-    return [frozenset(found) for found in itertools.product(*keys)]
+    return PairedInstance(Instance(groups, limits, constant=draw(st.integers(-9, 9))), pairs)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @settings(max_examples=100, deadline=None)
 @given(paired=programs())
 def test_the_optimum_is_that_of_enumeration(solver: str, paired: PairedInstance) -> None:
-    fitting = [paired.totals(keys)[0] for keys in every(paired) if paired.is_met_by(keys)]
+    fitting = [paired.totals(keys)[0] for keys in every_choice(paired) if paired.is_met_by(keys)]
     found = find_either(paired, solver=solver, time_limit=30, max_gap=0.0)
     if found is None:
         assert not fitting
@@ -153,7 +138,7 @@ def test_solutions_that_exceed_a_limit_are_cut_off(monkeypatch: pytest.MonkeyPat
     true = find_paired_optimum(paired, solver="cbc", time_limit=30, max_gap=0.0)
     options = {option.key: option for option in paired.instance.options}
     wrong = sorted(
-        (keys for keys in every(paired) if not paired.is_met_by(keys)),
+        (keys for keys in every_choice(paired) if not paired.is_met_by(keys)),
         key=lambda keys: paired.totals(keys)[0],
     )
     genuine, seen = module.branch_pairs, []
@@ -198,6 +183,36 @@ def test_time_that_runs_out_leaves_the_best_choice_or_an_error(
     assert found.bound < found.objective
     with pytest.raises(BudgetError, match="found no choice within all limits in 30 s, and did not"):
         find_paired_optimum(paired, solver="cbc", time_limit=30, max_gap=0.0)
+
+
+def test_the_plain_program_leaves_time_for_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take half, whether it then has no choice, or one that it did not prove."""
+    paired = chain(5)
+    best = find_paired_optimum(paired, solver="cbc", time_limit=30, max_gap=0.0)
+    assert best is not None
+    free = PairedInstance(Instance(paired.instance.groups, (10**6,)), paired.pairs)
+    cheapest = find_paired_optimum(free, solver="cbc", time_limit=30, max_gap=0.0)
+    assert cheapest is not None
+
+    def out_of_time(instance: Instance, **options: Any) -> Found:
+        assert options["time_limit"] == 15
+        raise BudgetError("found no choice within all limits in 15 s")
+
+    monkeypatch.setattr(module, "find_optimum", out_of_time)
+    found = find_paired_optimum(paired, solver="cbc", time_limit=30, max_gap=0.0)
+    assert found is not None
+    assert found.objective == found.bound == best.objective
+
+    def unproven(instance: Instance, **options: Any) -> Found:
+        dearest = max(instance.groups[0], key=lambda option: option.value)
+        keys = frozenset({dearest.key, *(key for key in cheapest.keys if key >= 4)})
+        return Found(keys, free.totals(keys)[0], Fraction(-1))
+
+    assert free.totals(unproven(free.instance).keys)[0] > cheapest.objective
+    monkeypatch.setattr(module, "find_optimum", unproven)
+    found = find_paired_optimum(free, solver="cbc", time_limit=30, max_gap=0.0)
+    assert found is not None
+    assert found.objective == found.bound == cheapest.objective
 
 
 def test_ends_that_no_limit_lets_meet_leave_no_choice() -> None:

@@ -1,43 +1,12 @@
 from __future__ import annotations
 
-import itertools
-
 import pytest
 from hypothesis import assume, given
-from hypothesis import strategies as st
 
 from fxmpq.solver.instance import Instance, Option
 from fxmpq.solver.pairs import Pair, PairedInstance, classes, pair_cover, pair_rows
 
-
-@st.composite
-def programs(draw: st.DrawFn) -> PairedInstance:
-    sizes = draw(st.lists(st.integers(1, 4), min_size=2, max_size=4))
-    rows = draw(st.integers(1, 2))
-    keys = itertools.count()
-    number = st.integers(0, 5)
-    groups = tuple(
-        tuple(
-            Option(next(keys), draw(st.integers(-3, 5)), tuple(draw(number) for _ in range(rows)))
-            for _ in range(size)
-        )
-        for size in sizes
-    )
-    pairs = []
-    ends = st.sampled_from(list(itertools.combinations(range(len(sizes)), 2)))
-    for left, right in draw(st.lists(ends, max_size=3, unique=True)):
-        entry = st.tuples(*[number for _ in range(rows + 1)])
-        entries = {(a.key, b.key): draw(entry) for a in groups[left] for b in groups[right]}
-        pairs.append(Pair(left, right, entries))
-    limits = tuple(draw(st.integers(0, 25)) for _ in range(rows))
-    instance = Instance(groups, limits, constant=draw(st.integers(-2, 2)))
-    return PairedInstance(instance, tuple(pairs))
-
-
-def every(paired: PairedInstance) -> list[list[int]]:
-    keys = ([option.key for option in group] for group in paired.instance.groups)
-    return [list(found) for found in itertools.product(*keys)]
-
+from .conftest import every_choice, paired_programs
 
 # Two groups of two, which take 5 of the limit together unless they agree.
 UNLIKE = PairedInstance(
@@ -75,14 +44,14 @@ def test_the_cover_of_a_conflict_names_both_ends() -> None:
     assert (cover.keys, cover.most) == (frozenset({0, 3}), 1)
 
 
-@given(programs())
+@given(paired_programs(least_rows=1))
 def test_a_cover_cuts_off_its_choice_and_none_that_is_met(paired: PairedInstance) -> None:
-    exceeding = [keys for keys in every(paired) if not paired.is_met_by(keys)]
+    exceeding = [keys for keys in every_choice(paired) if not paired.is_met_by(keys)]
     assume(exceeding)
     for keys in exceeding[:10]:
         cover = pair_cover(paired, keys)
         assert len(cover.keys & set(keys)) > cover.most
-        for other in every(paired):
+        for other in every_choice(paired):
             if paired.is_met_by(other):
                 assert len(cover.keys & set(other)) <= cover.most
 

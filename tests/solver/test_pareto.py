@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fxmpq.costs.table import CostTable
 from fxmpq.costs.terms import Edge, Moment
-from fxmpq.errors import BudgetError, FxmpqError, InfeasibleBudgetError
+from fxmpq.errors import InfeasibleBudgetError
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.solver import lists
 from fxmpq.solver import pareto as module
@@ -23,11 +23,10 @@ from fxmpq.solver.pair_search import find_either
 from fxmpq.solver.pareto import pareto
 from fxmpq.solver.solve import solve
 
+from .conftest import Tables, sizes
+
 NAMES = ("w2a8", "w4a8", "w8a8")
-
-Tables = tuple[Sensitivity, CostTable]
 Sums = tuple[Fraction, Fraction]
-
 # Equal, equal as decimals only, and apart by less than any solver's tolerance.
 close = st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.30000000000000004, 1.0, 1.0000000000000002])
 losses = st.sampled_from([st.integers(-2, 3).map(float), close, st.floats(1e-12, 1e3)])
@@ -157,16 +156,6 @@ def test_points_of_a_long_front(points: int) -> None:
     assert (found[0], found[-1]) == (whole[0], whole[-1])
 
 
-def sizes(groups: int) -> Tables:
-    """Losses that fall fourfold a bit, and sizes in bits."""
-    bits = {"w2a8": 2, "w4a8": 4, "w8a8": 8}
-    weights = {f"g{g}": {n: (g + 3) * b for n, b in bits.items()} for g in range(groups)}
-    values = {f"g{g}": {n: (1 + g % 3) * 4.0**-b for n, b in bits.items()} for g in range(groups)}
-    total = 32 * sum(g + 3 for g in range(groups))
-    work = {group: {n: row[n] ** 2 for n in bits} for group, row in weights.items()}
-    return Sensitivity(values), CostTable({"weights": weights, "bops": work}, {"weights": total})
-
-
 @pytest.mark.parametrize("budget", ["7%", "12.5%", "19%", 97, 250.5])
 def test_the_plan_at_a_budget_is_solves(budget: str | float) -> None:
     tables = sizes(6)
@@ -193,32 +182,6 @@ def test_starting_from_the_neighbour_changes_nothing(monkeypatch: pytest.MonkeyP
     assert sum(start is None for start in starts) == 2 < len(starts)
 
 
-def test_a_front_too_long_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    tables = sizes(5)
-    length = len(pareto(*tables).plans)
-    monkeypatch.setattr(module, "MAX_POINTS", length)
-    assert len(pareto(*tables).plans) == length
-    monkeypatch.setattr(module, "MAX_POINTS", length - 1)
-    with pytest.raises(BudgetError, match=rf"more than {length - 1} points.*points=100"):
-        pareto(*tables)
-    assert len(pareto(*tables, points=length).plans) <= length
-
-
-def test_time_that_runs_out_is_an_error_and_says_how_far_it_came() -> None:
-    with pytest.raises(BudgetError, match=r"0 points .* after 0 s.*time_limit.*points=20"):
-        pareto(*sizes(4), time_limit=0.0)
-
-
-def test_a_point_that_is_not_proven_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unproven(*args: Any, **kwargs: Any) -> Any:
-        found = find_either(*args, **kwargs)
-        return None if found is None else module.replace(found, bound=found.bound - 1)
-
-    monkeypatch.setattr(module, "find_either", unproven)
-    with pytest.raises(BudgetError, match="0 points of the front are proven"):
-        pareto(*sizes(4))
-
-
 def test_a_unit_and_a_fingerprint_reach_the_plans() -> None:
     values = {"a": {"w4a8": 3.0, "w8a8": 1.0}}
     costs = CostTable({"weights": {"a": {"w4a8": 4, "w8a8": 8}}}, {"weights": 32}, fingerprint="f")
@@ -227,29 +190,6 @@ def test_a_unit_and_a_fingerprint_reach_the_plans() -> None:
     assert [plan.relative["weights"] for plan in front.plans] == [0.125, 0.25]
     assert {(plan.method, plan.fingerprint) for plan in front.plans} == {("entropy", "f")}
     assert all(math.isfinite(plan.seconds or 0.0) for plan in front.plans)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"metric": "wieghts"}, "no cost 'wieghts'; there are 'weights'"),
-        ({"solver": "gurobi"}, "no solver 'gurobi'; there are 'cbc', 'highs'"),
-        ({"points": 1}, "points=1 is no front; ask for 2 or more"),
-        ({"limits": "minimize=bops,loss=1"}, "minimises one"),
-        ({"limits": {"joules": 3}}, "no cost 'joules' to put a budget on"),
-        ({"limits": {"bops": 1}}, "bops=1: at most 1; the smallest value reachable is"),
-        ({"limits": {"weights": "1%"}}, "no choice of precisions meets the budget"),
-        ({"ties": [["g0", "g9"]]}, "'g9', which is no group"),
-    ],
-)
-def test_what_cannot_be_asked_for(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(FxmpqError, match=message):
-        pareto(*sizes(3), **options)
-
-
-def test_tables_of_different_groups_are_refused() -> None:
-    with pytest.raises(FxmpqError, match="cover different groups"):
-        pareto(Sensitivity({"x": {"w2a8": 0.0}}), sizes(2)[1])
 
 
 @st.composite
@@ -300,21 +240,3 @@ def test_fronts_count_format_changes_and_keep_peaks(found: Tables, limit: int | 
     for plan in front.plans:
         assert plan.costs["weights"] == costs.total("weights", plan.choices)
         assert limit is None or within(plan.costs["peak"], limit)
-
-
-def test_a_front_over_a_peak_is_refused_with_the_way_out() -> None:
-    rows = {"a": {"w4a8": 4, "w8a8": 8}}
-    costs = CostTable({"weights": rows}, moments={"peak": [Moment("n", 0, rows)]})
-    sensitivity = Sensitivity({"a": {"w4a8": 1.0, "w8a8": 0.0}})
-    with pytest.raises(BudgetError, match=r"'peak' is a peak, and a front is of sums; .*solve\("):
-        pareto(sensitivity, costs, "peak")
-    assert len(pareto(sensitivity, costs).plans) == 2
-
-
-def test_limits_that_exclude_each_other_leave_no_front() -> None:
-    rows = {"a": {"w4a8": 4, "w8a8": 8}}
-    turned = {"a": {"w4a8": 8, "w8a8": 4}}
-    costs = CostTable({"weights": rows, "bops": turned})
-    sensitivity = Sensitivity({"a": {"w4a8": 1.0, "w8a8": 0.0}})
-    with pytest.raises(InfeasibleBudgetError, match="each limit can be met alone"):
-        pareto(sensitivity, costs, limits="weights=4,bops=4")
