@@ -20,12 +20,12 @@ def _behind(x: Tensor, weight: Tensor) -> Tensor:
 
 def _batched(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.reshape(1, -1, x.shape[-1])
-    return torch.bmm(rows, weight.T.unsqueeze(0)).reshape(*x.shape[:-1], -1)
+    return torch.bmm(rows, weight.T.unsqueeze(0)).reshape(*x.shape[:-1], len(weight))
 
 
 def _batched_behind(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.reshape(1, -1, x.shape[-1])
-    return torch.bmm(weight.unsqueeze(0), rows.mT).mT.reshape(*x.shape[:-1], -1)
+    return torch.bmm(weight.unsqueeze(0), rows.mT).mT.reshape(*x.shape[:-1], len(weight))
 
 
 FORMS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -155,11 +155,12 @@ def kl(
 ) -> ActivationRange:
     """The range whose codes keep most of the distribution: least Kullback-Leibler divergence.
 
-    The same ranges are tried as by `mse`; `kl_losses` says what is compared. Exact zeros count
-    for nothing, since their code keeps them exactly. A 16-bit grid is finer than the bins and
-    has nothing to gain: it takes the whole range. How far a clipped value moves does not count,
-    so at few bits a tensor with another frequent value (the background of normalised images) can
-    be clipped to almost nothing: take `mse` there.
+    The same ranges are tried as by `mse`, but for those that reach further than `minmax` does (by
+    more than the half step that zero is moved to lie on a code); `kl_losses` says what is
+    compared. Exact zeros count for nothing, since their code keeps them exactly. A 16-bit grid is
+    finer than the bins and has nothing to gain: it takes the whole range. How far a clipped value
+    moves does not count, so at few bits a tensor with another frequent value (the background of
+    normalised images) can be clipped to almost nothing: take `mse` there.
 
     Args:
         histogram: At least one batch of values.
@@ -173,8 +174,8 @@ def kl(
     if number_format.bits > 8 or not kept.any():
         return whole
     values = histogram.centres[kept]
-    found = histogram, values, counts[kept], number_format, kl_losses, whole.scale
-    return _search(*found, is_symmetric=is_symmetric)
+    found = histogram, values, counts[kept], number_format, kl_losses
+    return _search(*found, is_symmetric=is_symmetric, is_within=True)
 
 
 def _span(histogram: StreamingHistogram) -> tuple[float, float]:
@@ -218,13 +219,13 @@ def _search(
     counts: Tensor,
     number_format: NumberFormat,
     losses: Losses,
-    largest: float = math.inf,
     *,
     is_symmetric: bool,
+    is_within: bool = False,
 ) -> ActivationRange:
     """The range of least loss on the values; the whole one unless another is better.
 
-    Scales stay below the largest.
+    It may reach beyond the values unless it is to stay within them.
     """
     low, high = _span(histogram)
     whole = minmax(histogram, number_format, is_symmetric=is_symmetric)
@@ -254,7 +255,12 @@ def _search(
     for factors in (_NEAR, _NEARER):
         scale, zero_point = best
         for zero in _neighbours(zero_point, number_format) if has_two_ends else (zero_point,):
-            scales = (scale * factors).float().double().clamp(SMALLEST_SCALE, largest)
+            scales = (scale * factors).float().double()
+            if is_within:
+                scales = scales.clamp(max=whole.scale)
+                if has_two_ends and number_format.is_integer:
+                    scales = scales.clamp(max=_largest_within(low, high, zero, number_format))
+            scales = scales.clamp(min=SMALLEST_SCALE)
             attempt(scales, torch.full_like(scales, zero))
     return ActivationRange(best[0], int(best[1]))
 
@@ -265,6 +271,15 @@ def _neighbours(zero_point: float, number_format: NumberFormat) -> list[float]:
         return [zero_point]
     around = (zero_point, zero_point - 1, zero_point + 1)
     return [zero for zero in around if number_format.qmin <= zero <= number_format.qmax]
+
+
+def _largest_within(low: float, high: float, zero: float, number_format: NumberFormat) -> float:
+    """The largest scale whose outermost codes lie at most half a step beyond either end."""
+    below, above = zero - number_format.qmin, number_format.qmax - zero
+    return min(
+        -low / (below - 0.5) if below > 0 else math.inf,
+        high / (above - 0.5) if above > 0 else math.inf,
+    )
 
 
 FindRange = Callable[..., ActivationRange]

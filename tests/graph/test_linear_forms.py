@@ -15,7 +15,7 @@ def draw(*shape: int) -> torch.Tensor:
 
 @given(
     form=st.sampled_from(sorted(FORMS)),
-    lead=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    lead=st.lists(st.integers(0, 3), min_size=1, max_size=3),
     width=st.integers(1, 5),
     out=st.integers(1, 4),
     has_bias=st.booleans(),

@@ -1,45 +1,19 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxmpq.formats import NumberFormat, Precision, Scheme
+from fxmpq.formats import NumberFormat, Precision
 from fxmpq.quantizers.floating import fake_quantize_float
 from fxmpq.quantizers.histogram import StreamingHistogram
 from fxmpq.quantizers.integer import fake_quantize_activation
 from fxmpq.quantizers.range_losses import lp_losses
-from fxmpq.quantizers.ranges import RANGES, ActivationRange, kl, minmax, mse, percentile, sigma
+from fxmpq.quantizers.ranges import RANGES, ActivationRange, minmax, mse
 
-WIDTHS = [2, 3, 4, 6, 8, 16]
-SHAPES: dict[str, Callable[[torch.Generator], Tensor]] = {
-    "normal": lambda g: torch.randn(20_000, generator=g),
-    "relu": lambda g: torch.randn(20_000, generator=g).relu(),
-    "negative": lambda g: -torch.rand(20_000, generator=g) - 0.5,
-    "shifted": lambda g: torch.randn(20_000, generator=g) * 0.1 + 3,
-    "heavy tail": lambda g: torch.randn(20_000, generator=g) ** 5,
-    "two values": lambda g: torch.randint(0, 2, (20_000,), generator=g) * 3.0 - 1,
-}
-FLOATS = st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=30)
-
-
-def affine(bits: int) -> NumberFormat:
-    return NumberFormat(bits, Scheme.AFFINE)
-
-
-def draw(shape: str, seed: int = 0) -> Tensor:
-    return SHAPES[shape](torch.Generator().manual_seed(seed))
-
-
-def histogram_of(values: Tensor | Sequence[float]) -> StreamingHistogram:
-    histogram = StreamingHistogram()
-    histogram.update(torch.as_tensor(values, dtype=torch.float32))
-    return histogram
+from .conftest import FLOATS, SHAPES, WIDTHS, affine, draw, ends, histogram_of
 
 
 def error_of(values: Tensor, found: ActivationRange, number_format: NumberFormat) -> float:
@@ -52,14 +26,6 @@ def grid(low: float, high: float, number_format: NumberFormat) -> ActivationRang
     scale = (high - low) / number_format.qmax
     zero_point = min(max(round(-low / scale), 0), number_format.qmax)
     return ActivationRange(scale, zero_point)
-
-
-def ends(found: ActivationRange, number_format: NumberFormat) -> tuple[float, float]:
-    """The smallest and the largest number that the codes reach."""
-    return (
-        (number_format.qmin - found.zero_point) * found.scale,
-        (number_format.qmax - found.zero_point) * found.scale,
-    )
 
 
 def histogram_loss(
@@ -163,77 +129,6 @@ def test_the_order_of_values_does_not_matter(rule: str, shape: str) -> None:
     )
     assert other.scale == pytest.approx(found.scale, rel=1e-6)
     assert other.zero_point == found.zero_point
-
-
-@given(FLOATS, st.sampled_from(WIDTHS))
-def test_the_hundredth_percentile_is_min_max(values: list[float], bits: int) -> None:
-    histogram, number_format = histogram_of(values), affine(bits)
-    assert percentile(histogram, number_format, percentile=100.0) == minmax(
-        histogram, number_format
-    )
-
-
-@pytest.mark.parametrize("share", [75.0, 99.0, 99.9])
-@pytest.mark.parametrize("shape", ["normal", "relu", "shifted"])
-def test_percentiles_are_numpys_to_a_bin_and_a_value(shape: str, share: float) -> None:
-    values, number_format = draw(shape), affine(16)
-    histogram = histogram_of(values)
-    low, high = ends(percentile(histogram, number_format, percentile=share), number_format)
-    slack = histogram.width + (high - low) / number_format.qmax
-    # One value to either side: kinds of quantiles differ by that.
-    below, above = np.quantile(values.numpy(), [share / 100 - 1e-4, share / 100 + 1e-4])
-    assert max(below, 0.0) - slack <= high <= max(above, 0.0) + slack
-    below, above = np.quantile(values.numpy(), [1 - share / 100 - 1e-4, 1 - share / 100 + 1e-4])
-    assert min(below, 0.0) - slack <= low <= min(above, 0.0) + slack
-
-
-def test_percentiles_are_nested() -> None:
-    histogram, number_format = histogram_of(draw("heavy tail")), affine(8)
-    reach = [
-        percentile(histogram, number_format, percentile=share).scale
-        for share in (60, 90, 99, 99.9, 99.99, 100)
-    ]
-    assert reach == sorted(reach)
-    assert len(set(reach)) == 6
-
-
-def test_a_percentile_of_zero_takes_the_whole_range() -> None:
-    values = torch.zeros(1000)
-    values[0] = 2.0
-    found = percentile(histogram_of(values), affine(2), percentile=99.0)
-    assert found == minmax(histogram_of(values), affine(2))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_sigma_is_mean_and_deviation_within_the_whole_range(shape: str) -> None:
-    values, number_format = draw(shape), affine(16)
-    low, high = ends(sigma(histogram_of(values), number_format, k=2.0), number_format)
-    mean, deviation = float(values.double().mean()), float(values.double().std(correction=0))
-    step = (high - low) / number_format.qmax
-    wanted_low = max(min(mean - 2 * deviation, 0.0), min(float(values.min()), 0.0))
-    wanted_high = min(max(mean + 2 * deviation, 0.0), max(float(values.max()), 0.0))
-    assert low == pytest.approx(wanted_low, abs=step)
-    assert high == pytest.approx(wanted_high, abs=step)
-
-
-def test_sigma_far_out_is_min_max() -> None:
-    histogram = histogram_of(draw("normal"))
-    assert sigma(histogram, affine(4), k=100.0) == minmax(histogram, affine(4))
-
-
-def test_kl_clips_a_far_outlier_and_keeps_the_whole_of_even_values() -> None:
-    number_format = affine(4)
-    outlier = histogram_of(torch.cat([draw("normal"), torch.tensor([60.0])]))
-    assert ends(kl(outlier, number_format), number_format)[1] < 8
-    even = histogram_of(torch.linspace(0, 1, 20_001))
-    assert kl(even, number_format).scale == pytest.approx(1 / 15, rel=0.06)
-
-
-def test_exact_zeros_do_not_move_the_kl_range() -> None:
-    values = draw("normal").relu()
-    number_format = affine(4)
-    few, many = histogram_of(values), histogram_of(torch.cat([values, torch.zeros(10**5)]))
-    assert kl(many, number_format) == kl(few, number_format)
 
 
 @pytest.mark.parametrize("rule", RANGES)
