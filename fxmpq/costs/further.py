@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -40,7 +40,7 @@ class FurtherMetric:
 
     Args:
         rule: Works it out for all groups and candidates.
-        unit: What it is in, for people.
+        unit: What it is in: `ms`, `B` or `pJ`.
         is_measured: Whether it takes a runtime on this machine.
     """
 
@@ -64,9 +64,26 @@ def _energy(subject: Subject) -> MetricParts:
 
 FURTHER: Mapping[str, FurtherMetric] = {
     "latency": FurtherMetric(_latency, "ms", is_measured=True),
-    "activation_memory": FurtherMetric(_activation_memory, "bytes"),
+    "activation_memory": FurtherMetric(_activation_memory, "B"),
     "energy": FurtherMetric(_energy, "pJ"),
 }
+
+
+def units_of(metrics: Iterable[str], own: Collection[str]) -> dict[str, str]:
+    """The units of further metrics.
+
+    Args:
+        metrics: Names of any metrics.
+        own: Names of a target's own, whose units nobody knows.
+
+    Returns:
+        By name; without metrics that have none.
+
+    Examples:
+        >>> units_of(["weights", "cycles", "energy"], own=["cycles"])
+        {'energy': 'pJ'}
+    """
+    return {name: FURTHER[name].unit for name in metrics if name in FURTHER and name not in own}
 
 
 def further_metrics(asked: str | Iterable[str] | None) -> tuple[str, ...]:

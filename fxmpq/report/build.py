@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fxmpq.costs.further import units_of
 from fxmpq.graph.batches import Batch
 from fxmpq.graph.state import state_of
 from fxmpq.quantized import Quantized
@@ -84,4 +85,5 @@ def build_report(
         environment=environment(),
         files={path.name: path.stat().st_size for path in converted.files},
         fixed_sizes=state_of(quantized.graph).fixed_sizes,
+        cost_units=units_of(quantized.costs.metrics, quantized.target.metrics),
     )

@@ -132,6 +132,7 @@ class Report:
         environment: Machine and versions.
         files: Bytes of the written files by name.
         fixed_sizes: Sizes of samples and sequences that the export fixed, and why.
+        cost_units: Units of `Entry.costs`, where they are known.
 
     Examples:
         >>> entry = Entry(0.9, 30.0, weight_bytes=1000, bops=64, latency_ms=1.0)
@@ -163,6 +164,7 @@ class Report:
     environment: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
     fixed_sizes: tuple[FixedSize, ...] = ()
+    cost_units: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_predicting(self) -> bool:

@@ -12,13 +12,12 @@ from fxmpq.report.metrics import METRICS
 from fxmpq.report.refinements import WHOLE_MODEL, refinement_grid, refinement_rows_text
 from fxmpq.report.report import Report
 from fxmpq.report.sizes import fixed_size_lines
-from fxmpq.report.wording import counted, decibels, percent, shortened
+from fxmpq.report.wording import counted, decibels, in_unit, percent, shortened
 
 _COLUMNS = ("SQNR", "weights", "share", "BOPs", "share", "latency")
 """Headings of the comparison behind the score and its difference; `share` is of float."""
 _OTHER_COLUMNS = 59  # what the other columns take
 _REFINED_NAME = 32
-_COUNTED = 1000  # smaller figures, as of millijoules, may be fractions
 
 
 def layer_table(report: Report, name_length: int = 80) -> Table:
@@ -150,8 +149,7 @@ def own_cost_lines(report: Report) -> list[str]:
             if metric in entry.costs:
                 is_share = name != FLOAT and in_float.get(metric)
                 share = f" ({percent(entry.costs[metric] / in_float[metric])})" if is_share else ""
-                cost = entry.costs[metric]
-                shown = counted(cost) if cost >= _COUNTED else f"{cost:.3g}"
+                shown = in_unit(entry.costs[metric], report.cost_units.get(metric, ""))
                 parts.append(f"{name} {shown}{share}")
         lines.append(f"{metric} by the cost table: {', '.join(parts)}")
     return lines

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+_LARGER = {"ms": ("s",), "pJ": ("nJ", "µJ", "mJ", "J")}
+_NEXT = 999.5  # would be written as 1000
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -20,6 +22,27 @@ def counted(value: float, unit: str = "") -> str:
             digits = 0 if scaled >= 99.5 else 1 if scaled >= 9.95 else 2
             return f"{scaled:.{digits}f} {prefix}{unit}"
     return f"{value:.0f} {unit}".rstrip()
+
+
+def in_unit(value: float, unit: str) -> str:
+    """A cost with three digits, in the largest unit that leaves it at 1 or more.
+
+    Args:
+        value: Of a cost, at least 0.
+        unit: `B`, `ms` or `pJ`; without any, counts of a thousand or more have a prefix.
+
+    Examples:
+        >>> in_unit(2.5e9, "pJ"), in_unit(12.34, "ms"), in_unit(0.4, ""), in_unit(60_000, "")
+        ('2.50 mJ', '12.3 ms', '0.4', '60.0 k')
+    """
+    if unit in _LARGER:
+        for larger in _LARGER[unit]:
+            if value < _NEXT:
+                break
+            value, unit = value / 1000, larger
+        digits = 0 if value >= 99.5 else 1 if value >= 9.95 else 2
+        return f"{value:.{digits}f} {unit}"
+    return counted(value, unit) if unit or value >= 1000 else f"{value:.3g}"
 
 
 def decibels(value: float | None) -> str:

@@ -14,6 +14,7 @@ from fxmpq.costs.further import (
     Subject,
     check_further,
     further_metrics,
+    units_of,
     with_further,
 )
 from fxmpq.costs.latency.runtime import Runtime
@@ -66,6 +67,12 @@ def test_names_are_read() -> None:
     assert further_metrics(["latency", "latency"]) == ("latency",)
     with pytest.raises(FxmpqError, match="no further cost 'latenzy'.*latency"):
         further_metrics("latenzy")
+
+
+def test_a_targets_own_metric_of_the_same_name_has_an_unknown_unit() -> None:
+    metrics = ["weights", "energy", "latency", "cycles"]
+    assert units_of(metrics, own=()) == {"energy": "pJ", "latency": "ms"}
+    assert units_of(metrics, own=["cycles", "energy"]) == {"latency": "ms"}
 
 
 def test_where_nothing_runs_nothing_is_measured() -> None:

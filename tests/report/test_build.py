@@ -29,7 +29,7 @@ def built(
         conv_net,
         images,
         target="reference",
-        budget="weights=20%",
+        budget="weights=20%,energy=90%",
         candidates=["w2a8", "w4a8", "w8a8"],
         progress=False,
     )
@@ -49,13 +49,19 @@ def built(
 
 def test_it_holds_what_was_asked_and_measured(built: Report) -> None:
     assert (built.title, built.model, built.data) == ("A title", "a model", "some data")
-    assert (built.target, built.budget, built.method) == ("reference", "weights=20%", "projected")
+    assert (built.target, built.budget, built.method) == (
+        "reference",
+        "weights=20%,energy=90%",
+        "projected",
+    )
     assert (built.calibration_samples, built.test_samples, built.latency_samples) == (12, 12, 1)
     assert list(built.entries) == ["float", "mixed", "w4a8"]
     assert [row.layer for row in built.layers] == ["stem.0", "conv1", "downsample.0", "conv2", "fc"]
-    assert set(built.search_seconds) == {"trace", "calibrate", "measure", "solve"}
+    assert set(built.search_seconds) == {"trace", "cost", "calibrate", "measure", "solve"}
     assert built.environment["torch"] == torch.__version__
     assert built.gap == 0.0
+    assert built.cost_units == {"energy": "pJ"}
+    assert built.entries["mixed"].costs["energy"] <= 0.9 * built.entries["float"].costs["energy"]
     assert built.metric == "accuracy"
 
 

@@ -63,6 +63,16 @@ def test_costs_that_not_every_target_has_are_told(report: Report) -> None:
     assert not any(says in line for line in printed(report, 120))
 
 
+def test_costs_have_units_where_they_are_known(report: Report) -> None:
+    costs = {"energy": 3.2e9, "latency": 0.5, "activation_memory": 162_168.0, "cycles": 10.0}
+    entries = {**report.entries, "mixed": replace(report.entries["mixed"], costs=costs)}
+    units = {"energy": "pJ", "latency": "ms", "activation_memory": "B"}
+    lines = printed(replace(report, entries=entries, cost_units=units), 120)
+    shown = ["energy mixed 3.20 mJ", "latency mixed 0.50 ms", "activation_memory mixed 162 kB"]
+    for line in [*shown, "cycles mixed 10"]:
+        assert line.replace(" ", " by the cost table: ", 1) in lines
+
+
 def test_what_ran_the_models_is_told(report: Report) -> None:
     lines = printed(with_costs(report), 120)
     assert "Layers at weights=15% on npu" in lines

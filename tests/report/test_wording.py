@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxmpq.report.wording import counted, decibels, percent, points, seconds, shortened
+from fxmpq.report.wording import counted, decibels, in_unit, percent, points, seconds, shortened
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,27 @@ from fxmpq.report.wording import counted, decibels, percent, points, seconds, sh
 )
 def test_counts_have_a_prefix_and_about_three_digits(value: int, text: str) -> None:
     assert counted(value, "B") == text
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0.0, "ms", "0.00 ms"),
+        (9.949, "ms", "9.95 ms"),
+        (999.4, "ms", "999 ms"),
+        (999.6, "ms", "1.00 s"),
+        (5e6, "ms", "5000 s"),
+        (1234.0, "pJ", "1.23 nJ"),
+        (4.56e7, "pJ", "45.6 µJ"),
+        (7e14, "pJ", "700 J"),
+        (162_168.0, "B", "162 kB"),
+        (12.0, "B", "12 B"),
+        (12.34, "", "12.3"),
+        (12_340.0, "", "12.3 k"),
+    ],
+)
+def test_costs_stand_in_the_largest_unit_they_reach(value: float, unit: str, text: str) -> None:
+    assert in_unit(value, unit) == text
 
 
 @given(st.integers(1000, 10**15))
