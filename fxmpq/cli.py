@@ -93,7 +93,8 @@ def inspect(
     target: Annotated[
         str | None,
         typer.Option(
-            help="As onnxruntime, or a TOML file that describes one; a recipe's own without it."
+            help="As onnxruntime, or a TOML file that describes one. Without it, a recipe's or a "
+            "prepared graph's own; of a graph that is only traced, reference."
         ),
     ] = None,
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -12,6 +13,7 @@ from torch import fx, nn
 
 from fxmpq.calibration.calibrate import calibrate
 from fxmpq.calibration.options import read_ranges, read_weight_scales
+from fxmpq.costs.table import CostTable
 from fxmpq.errors import FxmpqError
 from fxmpq.formats import Precision
 from fxmpq.graph.batches import Batch, graph_device, materialize
@@ -25,7 +27,6 @@ from fxmpq.sensitivity.measure import check_method, measure, reads_labels
 from fxmpq.sensitivity.scores import find_score, is_metric
 from fxmpq.sensitivity.signal import check_base
 from fxmpq.solver.budget import Budget
-from fxmpq.solver.plan import Plan
 from fxmpq.solver.programs import check_counted, check_program, program_of
 from fxmpq.solver.solve import solve
 from fxmpq.steps import apply, cost, further_of, prepare
@@ -68,9 +69,11 @@ def quantize(
             mappings of keyword arguments; a few dozen samples, no labels.
         target: A target's name, as `reference` or `onnxruntime`, or a TOML file that describes
             one, as `npu.toml`.
-        budget: As `"weights=15%"`, `"weights=1.5MB,bops=10%"`, `"avg_weight_bits=4.5"`; metrics
-            that are measured, as `"latency=60%"`, are measured because it names them.
-        candidates: Precisions to choose from, as `["w2a8", "w4a8", "w8a8"]`.
+        budget: As `"weights=15%"`, `"weights=1.5MB,bops=10%"`, `"avg_weight_bits=4.5"` or
+            `"minimize=weights,sqnr=30"`; what takes more than counting, as `"latency=60%"`, is
+            measured because it is named.
+        candidates: Precisions to choose from, as `["w2a8", "w4a8", "w8a8"]`; the target's own if
+            `None`.
         method: Sensitivity method, a key of `METHODS`; the guide says which to choose.
         program: Form of the bit-width program, a key of `PROGRAMS`; the method's own if `None`.
         labelled: What a `loss` or metric takes, labels included, for methods with one; the
@@ -105,14 +108,11 @@ def quantize(
         >>> result.plan.relative["weights"] <= 0.25
         True
     """
-    found_target, ties = get_target(target), read_ties(ties)
-    wanted_budget = Budget.parse(budget)
-    further = further_of(found_target, wanted_budget.metrics)
-    ranges, weight_scales = read_ranges(ranges), read_weight_scales(weight_scales)
-    check_method(method, options)
-    check_program(program or program_of(method), method=method)
-    if refine is not None:
-        check_refinement(refine, has_labels=False)
+    asked = _Asked(
+        get_target(target), Budget.parse(budget), method, options, program, refine, progress, resume
+    )
+    ties, ranges = read_ties(ties), read_ranges(ranges)
+    weight_scales = read_weight_scales(weight_scales)
     batches = materialize(calibration)
     measured = _measured(batches, labelled, method, options)
     laps = _Laps()
@@ -121,7 +121,7 @@ def quantize(
         _try_loss(graph, measured[0], options, is_labelled=labelled is not None)
     prepared = prepare(
         graph,
-        found_target,
+        asked.target,
         candidates=candidates,
         keep=keep,
         exclude=exclude,
@@ -129,11 +129,8 @@ def quantize(
         products=products,
     )
     laps.end("trace")
-    costs = cost(prepared, found_target, metric=further, progress=progress)
-    if program is not None:
-        check_counted(program, [limit.metric for limit in wanted_budget.limits], costs)
-    wanted_budget.check_feasible(costs)
-    if further:
+    costs = asked.costs(prepared)
+    if asked.further:
         laps.end("cost")
     calibrated = calibrate(
         prepared,
@@ -144,18 +141,74 @@ def quantize(
         progress=progress,
     )
     laps.end("calibrate")
-    sensitivity = measure(
-        calibrated, measured, method=method, progress=progress, resume=resume, **options
-    )
-    laps.end("measure")
-    plan = finish_plan(calibrated, solve(sensitivity, costs, wanted_budget, program=program))
-    laps.end("solve")
-    simulated = _simulated(calibrated, plan, batches, refine, progress=progress, resume=resume)
-    if refine is not None:
+    return asked.planned(calibrated, costs, batches, measured, laps)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of the steps that know the target and the budget; refuses what cannot be done.
+
+    Attributes:
+        further: The metrics of the budget that take more than counting.
+    """
+
+    target: Target
+    budget: Budget
+    method: str
+    options: Mapping[str, object]
+    program: str | None
+    refine: str | None
+    progress: bool
+    resume: str | Path | None
+    further: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        further = further_of(self.target, self.budget.metrics)
+        object.__setattr__(self, "further", further)
+        check_method(self.method, self.options)
+        check_program(self.program or program_of(self.method), method=self.method)
+        if self.refine is not None:
+            check_refinement(self.refine, has_labels=False)
+
+    def costs(self, prepared: fx.GraphModule) -> CostTable:
+        """What each choice costs; refuses a budget that none of them meets."""
+        costs = cost(prepared, self.target, metric=self.further, progress=self.progress)
+        if self.program is not None:
+            check_counted(self.program, [limit.metric for limit in self.budget.limits], costs)
+        self.budget.check_feasible(costs)
+        return costs
+
+    def planned(
+        self,
+        calibrated: fx.GraphModule,
+        costs: CostTable,
+        batches: list[Batch],
+        measured: Sequence[object],
+        laps: _Laps,
+    ) -> Quantized:
+        """Measure, solve, and simulate the plan, refined if that is asked for."""
+        progress, resume = self.progress, self.resume
+        sensitivity = measure(
+            calibrated,
+            measured,
+            method=self.method,
+            progress=progress,
+            resume=resume,
+            **self.options,
+        )
+        laps.end("measure")
+        plan = solve(sensitivity, costs, self.budget, program=self.program)
+        plan = finish_plan(calibrated, plan)
+        laps.end("solve")
+        found = calibrated, plan, sensitivity, costs, self.target, laps.seconds
+        if self.refine is None:
+            return Quantized(apply(calibrated, plan), *found)
+        folder, method = refine_folder(resume), self.refine
+        graph = refine_graph(
+            calibrated, plan, batches, method=method, progress=progress, resume=folder
+        )
         laps.end("refine")
-    kept = () if refine is None else tuple(batches)
-    found = calibrated, plan, sensitivity, costs, found_target, laps.seconds, refine, kept
-    return Quantized(simulated, *found)
+        return Quantized(graph, *found, self.refine, tuple(batches))
 
 
 class _Laps:
@@ -170,22 +223,6 @@ class _Laps:
         now = time.perf_counter()
         self.seconds[step] = now - self._since
         self._since = now
-
-
-def _simulated(
-    calibrated: fx.GraphModule,
-    plan: Plan,
-    batches: list[Batch],
-    refine: str | None,
-    *,
-    progress: bool,
-    resume: str | Path | None,
-) -> fx.GraphModule:
-    """The graph of a plan, refined if that is asked for."""
-    if refine is None:
-        return apply(calibrated, plan)
-    folder = refine_folder(resume)
-    return refine_graph(calibrated, plan, batches, method=refine, progress=progress, resume=folder)
 
 
 def refine_folder(journal: str | Path | None) -> Path | None:

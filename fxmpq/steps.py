@@ -92,16 +92,18 @@ def cost(
     those of the batch the model was traced with.
 
     `metric="latency"` adds milliseconds, measured in the target's runtime on this machine, for one
-    sample of the traced sizes; for two where the trace fixed the batch size. They are of CPU time
-    where torch computes in one thread, else of the time that passes.
+    sample of the traced sizes; for two where the trace, which has two, fixed the batch size. They
+    are of CPU time where torch computes in one thread, else of the time that passes.
     `fxmpq.costs.latency` says what is modelled. It takes minutes the first time; what was measured
-    is kept in `fxmpq.costs.latency.store.cache_folder()`.
+    is kept in `fxmpq.costs.latency.store.cache_folder()`. `activation_memory` adds the most bytes
+    of activations that are alive at once, and `energy` an estimate in picojoules, both for one
+    sample and without running anything.
 
     Args:
         graph: From `prepare` or later.
         target: The target it was prepared for, whose own metrics are counted too; by default the
             one of the name that the graph remembers.
-        metric: Further metrics, keys of `FURTHER`; none by default.
+        metric: Further metrics, keys of `FURTHER`, one or several; none by default.
         progress: Whether to show progress bars while measuring.
 
     Returns:
@@ -165,7 +167,7 @@ def runtime_of(target: Target) -> Runtime | None:
     def load(graph: fx.GraphModule) -> Run:
         return target.convert(graph, None).run
 
-    return Runtime(target.name, load, target.latency)
+    return Runtime(target.name, target.load or load, target.latency, target.conditions or dict)
 
 
 def apply(graph: fx.GraphModule, plan: Plan | Mapping[str, str]) -> fx.GraphModule:

@@ -16,7 +16,7 @@ from fxmpq.graph.findings import Join
 from fxmpq.graph.state import state_of
 from fxmpq.graph.trace import trace
 from fxmpq.solver.plan import Plan
-from fxmpq.steps import apply, cost, further_of, prepare
+from fxmpq.steps import apply, cost, further_of, prepare, runtime_of
 from fxmpq.targets.registry import get_target
 
 TIMES = {"latency": MetricFigures("latency", KindFigures({"w8a8": 1}))}
@@ -128,6 +128,24 @@ def test_latency_is_measured_in_the_runtime(
     # It comes through files, and what is on disk is not measured again.
     assert CostTable.from_json(table.to_json()) == table
     assert cost(graph, metric=["latency"], progress=False) == table
+
+
+def test_a_target_may_load_models_and_tell_what_decides_in_its_own_way() -> None:
+    target = get_target("onnxruntime")
+    plain = runtime_of(target)
+    own = runtime_of(replace(target, load=lambda graph: print, conditions=lambda: {"clock": 3}))
+    assert plain is not None
+    assert own is not None
+    assert own.load(fx.GraphModule({}, fx.Graph())) is print
+    assert own.conditions() == {**plain.conditions(), "clock": 3}
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "inductor", "executorch"])
+def test_runtimes_on_this_machine_can_be_measured(name: str) -> None:
+    runtime = runtime_of(get_target(name))
+    assert runtime is not None
+    assert runtime.name == name
+    assert runtime.conditions()["target"] == name
 
 
 def test_latency_is_refused_where_it_cannot_be_measured(

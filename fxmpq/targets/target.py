@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxmpq.costs.figures import MetricFigures
+from fxmpq.costs.latency.runtime import Conditions, Run
 from fxmpq.graph.batches import Batch
 from fxmpq.graph.rules import TargetRules
 
@@ -48,6 +49,32 @@ class LayerValue:
 
 
 @dataclass(frozen=True)
+class FileParts:
+    """What the bytes of a main file are spent on.
+
+    Args:
+        weights: Layers' weights and their scales, which the cost `weights` predicts.
+        parameters: Other stored numbers: biases, norms, what stays in float for good.
+        graph: Operators, names, shapes, and the grids of activations.
+
+    Examples:
+        >>> print(FileParts(weights=273_784, parameters=3_176, graph=11_216))
+        288 kB = 274 kB weights + 3 kB other parameters + 11 kB graph
+    """
+
+    weights: int
+    parameters: int
+    graph: int
+
+    def __str__(self) -> str:
+        """The parts in kB, as a sum."""
+        total = self.weights + self.parameters + self.graph
+        kilobytes = [f"{size / 1000:.0f} kB" for size in (total, *vars(self).values())]
+        whole, weights, parameters, graph = kilobytes
+        return f"{whole} = {weights} weights + {parameters} other parameters + {graph} graph"
+
+
+@dataclass(frozen=True)
 class Converted:
     """A model that runs on its target.
 
@@ -62,6 +89,7 @@ class Converted:
             can tell about, with the kernels that `run` uses; `None` if for none.
         runtime: The name of the target whose converter made it: another one than `target` where
             a file describes that.
+        parts: What the bytes of the main file are spent on, written or not, where it is told.
     """
 
     target: str
@@ -72,6 +100,7 @@ class Converted:
     sqnr_db: float = float("nan")
     layer_values: Callable[[Batch], Sequence[LayerValue]] | None = None
     runtime: str = ""
+    parts: FileParts | None = None
 
     def report(self) -> list[dict[str, str]]:
         """The layers' fates as plain rows with `layer`, `asked`, `kernel` and `reason`."""
@@ -93,6 +122,9 @@ class Target:
         metrics: Cost metrics of its own, by name.
         latency: Modules whose versions decide how fast its models run, where they run on
             this machine as they will elsewhere; `None` where their latency cannot be measured.
+        load: Makes a planned graph run as what `convert` makes of it does, where that is less
+            work for measuring its latency.
+        conditions: What decides how fast its models run besides, by name.
         check: Raises where this machine lacks what is no package, before any work is done.
     """
 
@@ -102,6 +134,8 @@ class Target:
     packages: Mapping[str, str]
     metrics: Mapping[str, MetricFigures] = field(default_factory=dict)
     latency: tuple[str, ...] | None = None
+    load: Callable[[fx.GraphModule], Run] | None = None
+    conditions: Callable[[], Conditions] | None = None
     check: Callable[[], None] | None = None
 
     @property

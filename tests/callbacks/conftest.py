@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from torch import Tensor, nn
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional.classification import multiclass_accuracy
 
+import fxmpq
 from fxmpq.callbacks import MixedPrecisionCallback
+from fxmpq.graph.state import state_of
 
 CLASSES = 4
 
@@ -186,3 +188,55 @@ def _equal(one: nn.Module, other: nn.Module) -> bool:
 @pytest.fixture
 def equal() -> Callable[[nn.Module, nn.Module], bool]:
     return _equal
+
+
+MakeTrainer = Callable[..., Trainer]
+
+
+class KilledError(Exception):
+    """Stands for what ends a run before its time."""
+
+
+class StopsAfter(Callback):
+    """Raises when a number of epochs is over, after the checkpoint is written."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == self.epochs:
+            raise KilledError
+
+
+@pytest.fixture
+def graph(classifier: Any, blobs: Any) -> fx.GraphModule:
+    """Calibrated on what the classifier's network receives."""
+    classifier.eval()
+    with torch.no_grad():
+        batches = [classifier.norm(images) for images, _ in blobs.val_dataloader()]
+    traced = fxmpq.prepare(
+        fxmpq.trace(classifier.model, batches[0]), "reference", candidates=["w2a8", "w4a8"]
+    )
+    classifier.train()
+    return fxmpq.calibrate(traced, batches, progress=False)
+
+
+@pytest.fixture
+def plan(graph: fx.GraphModule) -> dict[str, str]:
+    names = [group.name for group in state_of(graph).groups]
+    return {name: ("w4a8", "w2a8")[index % 2] for index, name in enumerate(names)}
+
+
+def fit(
+    make_trainer: MakeTrainer, module: Any, data: Any, *callbacks: Callback, **more: Any
+) -> Any:
+    torch.manual_seed(1)
+    ckpt_path = more.pop("ckpt_path", None)
+    trainer = make_trainer(**{"max_epochs": 2, **more}, callbacks=list(callbacks))
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return trainer
+
+
+def outputs(network: nn.Module, data: Any) -> Tensor:
+    with torch.no_grad():
+        return network(data.images[:32])

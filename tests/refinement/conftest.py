@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 from transformers import ViTConfig, ViTForImageClassification
 
+import fxmpq
 from fxmpq.formats import Precision
 from fxmpq.graph.batches import flat_inputs
-from fxmpq.graph.state import require
+from fxmpq.graph.state import Refinement, require
 from fxmpq.graph.switch import with_choices
 from fxmpq.graph.trace import trace
+from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
+from fxmpq.refinement.adaquant import adaquant
+from fxmpq.refinement.methods import METHODS, RECIPES, Method
+from fxmpq.refinement.units import Units, quantizer_tensors
+from fxmpq.refinement.views import LayerView
+from fxmpq.refinement.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -170,3 +179,104 @@ def values_of() -> Callable[[fx.GraphModule, object], dict[str, object]]:
         return recorder.found
 
     return record
+
+
+RAN: list[str] = []
+
+
+def move(view: LayerView, seed: int) -> list[float]:
+    """Move codes at random, by a seed from what the layer reads; other scales and biases too."""
+    RAN.append(f"{view.layer.name} {view.number_format.name}")
+    before, found, quantizer = view.error(), view.number_format, view.quantizer
+    mean = float(view.input(0).float().mean() * 1e6)
+    generator = torch.Generator().manual_seed(seed + int(mean))
+    codes = quantizer.codes(view.weight, found)
+    moved = codes + torch.randint(-1, 2, codes.shape, generator=generator)
+    quantizer.set_codes(found, moved.clamp(found.qmin, found.qmax))
+    quantizer.set_scale(found, quantizer.scale(found) * 1.25)
+    if view.correction is not None:
+        view.set_bias(torch.full((len(view.weight),), 0.125))
+    return [before, view.error()]
+
+
+def flip(
+    graph: fx.GraphModule, batches: list, *, units: Units, seed: int = 0, where: str = ""
+) -> list[Refinement]:
+    """Stands for a method that rounds."""
+    done = []
+    for view in Walk(graph, batches).layers():
+        if view.is_first and where in view.layer.name and view.number_format.is_integer:
+            work = partial(move, view, seed)
+            numbers = units.unit(view.layer.name, graph, view.modules, work)
+            done.append(Refinement("flip", view.layer.name, *numbers))
+    return done
+
+
+def widen(graph: fx.GraphModule, batches: list, *, units: Units) -> list[Refinement]:
+    """Stands for a method that needs a plan: doubles the ranges."""
+    for module in graph.modules():
+        if isinstance(module, ActivationQuantizer) and module.active is not None:
+            found = module.ranges[module.active.name]
+            module.ranges[module.active.name] = type(found)(found.scale * 2, found.zero_point)
+    return [Refinement("widen", "", 0.25, 0.5)]
+
+
+def train(graph: fx.GraphModule, batches: list, *, units: Units, loss: Any) -> list[Refinement]:
+    """Stands for a method that takes labels."""
+    assert all(len(batch) == 2 for batch in batches)
+    return [Refinement("train", "", 1.0, float(loss(graph, batches[0])))]
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods that note what they did in `RAN`."""
+    RAN.clear()
+    monkeypatch.setitem(METHODS, "flip", Method(flip, rounds=True))
+    monkeypatch.setitem(METHODS, "widen", Method(widen))
+    monkeypatch.setitem(METHODS, "train", Method(train, trains=True))
+    monkeypatch.setitem(RECIPES, "flip and widen", ("flip", "widen"))
+
+
+def refine(graph: fx.GraphModule, plan: Any, batches: Any, method: str, **rest: Any) -> Any:
+    return fxmpq.refine(graph, plan, batches, method=method, progress=False, **rest)
+
+
+def contents(graph: fx.GraphModule) -> dict[str, Any]:
+    found: dict[str, Any] = {name: t.clone() for name, t in graph.state_dict().items()}
+    for name, module in graph.named_modules():
+        if isinstance(module, ActivationQuantizer):
+            found[name] = (dict(module.ranges), module.active)
+        elif isinstance(module, (WeightQuantizer, BiasCorrection)):
+            found[name] = module.active
+    return found
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        same = torch.equal(value, other[name]) if isinstance(value, Tensor) else None
+        assert (value == other[name]) if same is None else same, name
+
+
+@pytest.fixture
+def conv(subject_of: Callable[[str], Subject]) -> Subject:
+    return subject_of("conv")
+
+
+@pytest.fixture
+def choices(conv: Subject) -> dict[str, str]:
+    return dict(require(conv.planned, stage="calibrated").choices)
+
+
+def run_adaquant(graph: fx.GraphModule, batches: list, **options: Any) -> list[Refinement]:
+    with torch.no_grad():
+        return adaquant(graph, batches, units=options.pop("units", Units()), **options)
+
+
+def state(graph: fx.GraphModule) -> dict[str, list[float]]:
+    return {
+        f"{node.target}/{leaf}": tensor.double().flatten().tolist()
+        for node in graph.graph.nodes
+        if node.op == "call_module"
+        for leaf, tensor in quantizer_tensors(graph.get_submodule(str(node.target))).items()
+    }

@@ -9,42 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fxmpq.errors import FxmpqError
 from fxmpq.formats import NumberFormat
-from fxmpq.graph.state import Refinement, copy_graph, require, state_of, with_state
+from fxmpq.graph.state import copy_graph, require, state_of, with_state
 from fxmpq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 from fxmpq.refinement import adaquant as module
-from fxmpq.refinement.adaquant import adaquant
 from fxmpq.refinement.best_seen import BestSeen
 from fxmpq.refinement.channel_statistics import channel_statistics
-from fxmpq.refinement.units import Units, quantizer_tensors
+from fxmpq.refinement.units import Units
 from fxmpq.refinement.walk import Walk
 
-
-def run(graph: fx.GraphModule, batches: list, **options: Any) -> list[Refinement]:
-    with torch.no_grad():
-        return adaquant(graph, batches, units=options.pop("units", Units()), **options)
-
-
-def state(graph: fx.GraphModule) -> dict[str, list[float]]:
-    return {
-        f"{node.target}/{leaf}": tensor.double().flatten().tolist()
-        for node in graph.graph.nodes
-        if node.op == "call_module"
-        for leaf, tensor in quantizer_tensors(graph.get_submodule(str(node.target))).items()
-    }
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from .conftest import draw, run_adaquant, state
 
 
 def test_no_layer_gets_worse_and_every_bias_that_can_be_trained_is(subject: Any) -> None:
     graph = copy_graph(subject.planned)
     weights = {name: value.clone() for name, value in graph.named_parameters()}
-    done = run(graph, subject.batches, steps=3)
+    done = run_adaquant(graph, subject.batches, steps=3)
     assert done
     assert all(entry.method == "adaquant" and entry.after <= entry.before for entry in done)
     expected = [
@@ -61,7 +44,7 @@ def test_no_layer_gets_worse_and_every_bias_that_can_be_trained_is(subject: Any)
 def test_embeddings_and_what_is_tied_to_them_stay(subject_of: Callable[[str], Any]) -> None:
     subject = subject_of("tied")
     graph = copy_graph(subject.planned)
-    run(graph, subject.batches, steps=3)
+    run_adaquant(graph, subject.batches, steps=3)
     quantizer = graph.get_submodule("quantizers.weight_embedding_weight")
     assert isinstance(quantizer, WeightQuantizer)
     assert quantizer.active is not None
@@ -88,7 +71,7 @@ def test_further_calls_get_their_bias_and_a_layer_with_a_computed_one_stays(
     torch.manual_seed(0)
     subject = plan_of(Shared(), [draw(32, 8), draw(16, 8, seed=1)], precisions=("w2a8",))
     graph = copy_graph(subject.planned)
-    done = run(graph, subject.batches, steps=60)
+    done = run_adaquant(graph, subject.batches, steps=60)
     assert [entry.layer for entry in done] == ["first", "shared", "shared#2", "shared#3"]
     for view in Walk(graph, subject.batches).layers():
         if not view.is_first:
@@ -106,7 +89,7 @@ def test_a_rate_that_is_far_too_high_changes_nothing(
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     subject = plan_of(model, [draw(24, 6)], precisions=("w3a8",))
     before = state(subject.planned)
-    done = run(subject.planned, subject.batches, steps=16, **{rate: 1e6})
+    done = run_adaquant(subject.planned, subject.batches, steps=16, **{rate: 1e6})
     assert all(entry.after == entry.before for entry in done)
     assert state(subject.planned) == before
 
@@ -122,7 +105,7 @@ def test_tensors_of_one_range_keep_it(plan_of: Callable[..., Any]) -> None:
     for m in found.values():
         m.ranges["uint4"] = replace(m.ranges["uint4"], scale=m.ranges["uint4"].scale / 2)
     before = {name: m.ranges["uint4"] for name, m in found.items()}
-    run(graph, subject.batches, steps=40, range_rate=0.02)
+    run_adaquant(graph, subject.batches, steps=40, range_rate=0.02)
     changed = {name for name, m in found.items() if m.ranges["uint4"] != before[name]}
     assert changed == set(found) - set(shared)
     assert changed
@@ -134,7 +117,7 @@ def test_it_takes_a_good_part_of_the_error_of_coarse_layers(plan_of: Callable[..
     mixing = draw(24, 24, seed=1)
     batches = [draw(32, 24, seed=seed) @ mixing for seed in range(4)]
     subject = plan_of(model, batches, precisions=("w2a8",))
-    done = run(subject.planned, batches, steps=150)
+    done = run_adaquant(subject.planned, batches, steps=150)
     assert all(entry.after < 0.85 * entry.before for entry in done)
     for entry, view in zip(done, Walk(subject.planned, batches).layers(), strict=True):
         if not view.node.users or "relu" not in next(iter(view.node.users)).name:
@@ -161,7 +144,7 @@ def test_codes_alone_come_near_the_best_of_all(plan_of: Callable[..., Any]) -> N
         errors.append(view.error())
     quantizer.set_codes(number_format, None)
     nearest = view.error()
-    [found] = run(graph, batches, steps=100, weight_rate=0.005, **fixed)
+    [found] = run_adaquant(graph, batches, steps=100, weight_rate=0.005, **fixed)
     assert found.before == pytest.approx(nearest)
     assert min(errors) < nearest / 10
     assert found.after <= sorted(errors)[3] * 1.0001
@@ -190,120 +173,14 @@ def test_a_layer_that_training_would_worsen_stays_bit_for_bit(
     subject = planted(plan_of)
     before = state(subject.planned)
     wild = {"steps": 8, "weight_rate": 3.0, "bias_rate": 5.0}
-    [found] = run(subject.planned, subject.batches, **wild)
+    [found] = run_adaquant(subject.planned, subject.batches, **wild)
     assert found.after == found.before
     after = state(subject.planned)
     assert {name: after[name] for name in before} == before
     monkeypatch.setattr(BestSeen, "restore", lambda self: None)
-    run(subject.planned, subject.batches, **wild)
+    run_adaquant(subject.planned, subject.batches, **wild)
     view = next(iter(Walk(subject.planned, subject.batches).layers()))
     assert view.error() > 10 * found.before
-
-
-class Fork(nn.Module):
-    """Two layers read one tensor; a third reads another alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.left, self.right = (nn.Linear(8, 8) for _ in range(3))
-        self.last = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x).relu()
-        return self.last((self.left(x) + self.right(x)).relu())
-
-
-def test_only_ranges_with_one_reader_are_trained(plan_of: Callable[..., Any]) -> None:
-    torch.manual_seed(4)
-    batches = [draw(16, 8, seed=seed) for seed in range(3)]
-    subject = plan_of(Fork(), batches, precisions=("w4a4",))
-    graph = subject.planned
-    before = {name: m.ranges["uint4"] for name, m in ranges(graph)}
-    run(graph, batches, steps=40, range_rate=0.02)
-    readers = {str(n.target): len(n.users) for n in graph.graph.nodes if n.op == "call_module"}
-    changed = {name for name, m in ranges(graph) if m.ranges["uint4"] != before[name]}
-    assert changed == {name for name, _ in ranges(graph) if readers[name] == 1}
-    assert len(changed) == 2
-
-
-def ranges(graph: fx.GraphModule) -> list[tuple[str, ActivationQuantizer]]:
-    return [(n, m) for n, m in graph.named_modules() if isinstance(m, ActivationQuantizer)]
-
-
-@pytest.mark.parametrize("rectified", [True, False])
-@pytest.mark.parametrize("sequential", [True, False])
-def test_the_error_is_what_the_variant_says(
-    plan_of: Callable[..., Any], rectified: bool, sequential: bool
-) -> None:
-    torch.manual_seed(5)
-    batches = [draw(12, 8, seed=seed) for seed in range(2)]
-    graph = plan_of(Fork(), batches, precisions=("w3a4",)).planned
-    done = {
-        entry.layer: entry
-        for entry in run(graph, batches, steps=5, rectified=rectified, sequential=sequential)
-    }
-    for view in Walk(graph, batches).layers():
-        noise = signal = 0.0
-        for batch in range(len(batches)):
-            x = view.input(batch)
-            if not sequential:
-                x = view.input_quantizer(view.float_input(batch))
-            found = view.output(x, view.quantized_weight, view.quantized_bias)
-            expected = view.float_output(batch)
-            if rectified and view.layer.name == "first":
-                found, expected = found.relu(), expected.relu()
-            noise += float((found - expected).square().sum())
-            signal += float(expected.square().sum())
-        assert done[view.layer.name].after == pytest.approx(noise / signal, rel=1e-4)
-
-
-def test_behind_a_relu_only_what_passes_it_counts(plan_of: Callable[..., Any]) -> None:
-    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
-    with torch.no_grad():
-        model[0].bias[:3] = -50.0
-    batches = [draw(32, 8, seed=seed) for seed in range(2)]
-    graph = plan_of(model, batches, precisions=("w2a8",)).planned
-    view = next(iter(Walk(graph, batches).layers()))
-    first = run(copy_graph(graph), batches, steps=1)[0].before
-    whole = run(copy_graph(graph), batches, steps=1, rectified=False)[0].before
-    assert whole == pytest.approx(view.error())
-    # The dead channels hold nearly all of the layer's power, and none behind the ReLU.
-    assert first > 10 * whole
-
-
-def test_parallel_layers_do_not_depend_on_each_other(plan_of: Callable[..., Any]) -> None:
-    torch.manual_seed(6)
-    batches = [draw(12, 8, seed=seed) for seed in range(2)]
-    planned = plan_of(Fork(), batches, precisions=("w3a8",)).planned
-    alone, after_others = copy_graph(planned), copy_graph(planned)
-    for graph, rate in ((alone, 0.0), (after_others, 0.1)):
-        for name, m in graph.named_modules():
-            if isinstance(m, WeightQuantizer) and "first" in name and rate:
-                m.set_codes(m.active, torch.zeros(8, 8))
-        run(graph, batches, steps=6, sequential=False)
-    for name, m in alone.named_modules():
-        if isinstance(m, WeightQuantizer) and "last" in name:
-            other = after_others.get_submodule(name)
-            assert torch.equal(m.stored_codes(m.active), other.stored_codes(m.active))
-            assert torch.equal(m.scale(m.active), other.scale(m.active))
-
-
-def test_a_layer_without_a_bias_gets_one(plan_of: Callable[..., Any]) -> None:
-    batches = [draw(32, 6, seed=seed) + 2 for seed in range(2)]
-    torch.manual_seed(7)
-    graph = plan_of(nn.Linear(6, 4, bias=False), batches, precisions=("w2a8",)).planned
-    only = {"weight_rate": 0.0, "scale_rate": 0.0, "range_rate": 0.0, "bias_rate": 0.05}
-    view = next(iter(Walk(graph, batches).layers()))
-    view.set_bias(torch.zeros(4))
-    [found] = run(graph, batches, steps=100, **only)
-    difference = torch.cat(
-        [
-            view.output(view.input(i), view.quantized_weight, None) - view.float_output(i)
-            for i in range(2)
-        ]
-    )
-    assert torch.allclose(view.quantized_bias, -difference.mean(0), atol=0.05)
-    assert found.after < found.before
 
 
 def test_seeds_give_the_same_bits(subject_of: Callable[[str], Any]) -> None:
@@ -311,7 +188,7 @@ def test_seeds_give_the_same_bits(subject_of: Callable[[str], Any]) -> None:
     found = []
     for seed in (0, 0, 1):
         graph = copy_graph(subject.planned)
-        run(graph, subject.batches, steps=5, seed=seed, weight_rate=0.1)
+        run_adaquant(graph, subject.batches, steps=5, seed=seed, weight_rate=0.1)
         found.append(state(graph))
     assert found[0] == found[1]
     assert found[0] != found[2]
@@ -322,9 +199,9 @@ def test_it_goes_on_from_a_folder(
 ) -> None:
     subject = subject_of("conv")
     whole, resumed = copy_graph(subject.planned), copy_graph(subject.planned)
-    done = run(whole, subject.batches, steps=4, units=Units(tmp_path))
+    done = run_adaquant(whole, subject.batches, steps=4, units=Units(tmp_path))
     monkeypatch.setattr(module, "descend", lambda *_, **__: pytest.fail("computed again"))
-    again = run(resumed, subject.batches, steps=4, units=Units(tmp_path))
+    again = run_adaquant(resumed, subject.batches, steps=4, units=Units(tmp_path))
     assert again == done
     assert state(resumed) == state(whole)
 
@@ -334,7 +211,7 @@ def test_float_formats_are_left_alone(plan_of: Callable[..., Any]) -> None:
     batches = [draw(8, 8)]
     graph = plan_of(model, batches, precisions=("we4m3ae4m3", "w4ae4m3")).planned
     before = state(graph)
-    done = run(graph, batches, steps=10)
+    done = run_adaquant(graph, batches, steps=10)
     assert [entry.layer for entry in done] == ["2"]
     after = state(graph)
     changed = {name for name in after if before.get(name) != after[name]}
@@ -346,7 +223,7 @@ def test_dynamic_ranges_stay_what_each_run_finds(plan_of: Callable[..., Any]) ->
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     batches = [draw(8, 8)]
     graph = plan_of(model, batches, precisions=("w3a8d", "w3a4d")).planned
-    done = run(graph, batches, steps=30)
+    done = run_adaquant(graph, batches, steps=30)
     assert [entry.layer for entry in done] == ["0", "2"]
     assert all(entry.after <= entry.before for entry in done)
     found = [m for m in graph.modules() if isinstance(m, ActivationQuantizer)]
@@ -368,5 +245,5 @@ def test_bad_options_are_refused_before_anything_changes(
     graph = copy_graph(subject.planned)
     before = state(graph)
     with pytest.raises(FxmpqError, match=message):
-        run(graph, subject.batches, **options)
+        run_adaquant(graph, subject.batches, **options)
     assert state(graph) == before

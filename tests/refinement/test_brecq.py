@@ -18,26 +18,15 @@ from fxmpq.refinement.best_seen import BestSeen
 from fxmpq.refinement.blocks import find_blocks
 from fxmpq.refinement.brecq import brecq
 from fxmpq.refinement.fisher import fisher_weights
-from fxmpq.refinement.units import Units, quantizer_tensors
+from fxmpq.refinement.units import Units
 from fxmpq.refinement.walk import Walk
+
+from .conftest import draw, state
 
 
 def run(graph: fx.GraphModule, batches: list, **options: Any) -> list[Refinement]:
     with torch.no_grad():
         return brecq(graph, batches, units=options.pop("units", Units()), **options)
-
-
-def state(graph: fx.GraphModule) -> dict[str, list[float]]:
-    return {
-        f"{node.target}/{leaf}": tensor.double().flatten().tolist()
-        for node in graph.graph.nodes
-        if node.op == "call_module"
-        for leaf, tensor in quantizer_tensors(graph.get_submodule(str(node.target))).items()
-    }
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Residual(nn.Module):

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import inspect
-import logging
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,104 +9,19 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxmpq
-from fxmpq.errors import BatchError, CalibrationError, FileFormatError, FxmpqError, PlanError
+from fxmpq.errors import BatchError, CalibrationError, FxmpqError, PlanError
 from fxmpq.graph.run import run_batch
-from fxmpq.graph.state import Refinement, require, state_of
+from fxmpq.graph.state import state_of
 from fxmpq.graph.trace import trace
-from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
-from fxmpq.refinement.methods import METHODS, RECIPES, Method
+from fxmpq.quantizers.modules import WeightQuantizer
 from fxmpq.refinement.refine import check_refinement
-from fxmpq.refinement.units import Units
-from fxmpq.refinement.views import LayerView
 from fxmpq.refinement.walk import Walk
 from fxmpq.sensitivity.measure import measure
 from fxmpq.steps import prepare
 
-Subject = Any
-RAN: list[str] = []
+from .conftest import RAN, Subject, assert_same, contents, refine
 
-
-def move(view: LayerView, seed: int) -> list[float]:
-    """Move codes at random, by a seed from what the layer reads; other scales and biases too."""
-    RAN.append(f"{view.layer.name} {view.number_format.name}")
-    before, found, quantizer = view.error(), view.number_format, view.quantizer
-    mean = float(view.input(0).float().mean() * 1e6)
-    generator = torch.Generator().manual_seed(seed + int(mean))
-    codes = quantizer.codes(view.weight, found)
-    moved = codes + torch.randint(-1, 2, codes.shape, generator=generator)
-    quantizer.set_codes(found, moved.clamp(found.qmin, found.qmax))
-    quantizer.set_scale(found, quantizer.scale(found) * 1.25)
-    if view.correction is not None:
-        view.set_bias(torch.full((len(view.weight),), 0.125))
-    return [before, view.error()]
-
-
-def flip(
-    graph: fx.GraphModule, batches: list, *, units: Units, seed: int = 0, where: str = ""
-) -> list[Refinement]:
-    """Stands for a method that rounds."""
-    done = []
-    for view in Walk(graph, batches).layers():
-        if view.is_first and where in view.layer.name and view.number_format.is_integer:
-            work = partial(move, view, seed)
-            numbers = units.unit(view.layer.name, graph, view.modules, work)
-            done.append(Refinement("flip", view.layer.name, *numbers))
-    return done
-
-
-def widen(graph: fx.GraphModule, batches: list, *, units: Units) -> list[Refinement]:
-    """Stands for a method that needs a plan: doubles the ranges."""
-    for module in graph.modules():
-        if isinstance(module, ActivationQuantizer) and module.active is not None:
-            found = module.ranges[module.active.name]
-            module.ranges[module.active.name] = type(found)(found.scale * 2, found.zero_point)
-    return [Refinement("widen", "", 0.25, 0.5)]
-
-
-def train(graph: fx.GraphModule, batches: list, *, units: Units, loss: Any) -> list[Refinement]:
-    """Stands for a method that takes labels."""
-    assert all(len(batch) == 2 for batch in batches)
-    return [Refinement("train", "", 1.0, float(loss(graph, batches[0])))]
-
-
-@pytest.fixture(autouse=True)
-def tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    RAN.clear()
-    monkeypatch.setitem(METHODS, "flip", Method(flip, rounds=True))
-    monkeypatch.setitem(METHODS, "widen", Method(widen))
-    monkeypatch.setitem(METHODS, "train", Method(train, trains=True))
-    monkeypatch.setitem(RECIPES, "flip and widen", ("flip", "widen"))
-
-
-def refine(graph: fx.GraphModule, plan: Any, batches: Any, method: str, **rest: Any) -> Any:
-    return fxmpq.refine(graph, plan, batches, method=method, progress=False, **rest)
-
-
-def contents(graph: fx.GraphModule) -> dict[str, Any]:
-    found: dict[str, Any] = {name: t.clone() for name, t in graph.state_dict().items()}
-    for name, module in graph.named_modules():
-        if isinstance(module, ActivationQuantizer):
-            found[name] = (dict(module.ranges), module.active)
-        elif isinstance(module, (WeightQuantizer, BiasCorrection)):
-            found[name] = module.active
-    return found
-
-
-def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        same = torch.equal(value, other[name]) if isinstance(value, Tensor) else None
-        assert (value == other[name]) if same is None else same, name
-
-
-@pytest.fixture
-def conv(subject_of: Callable[[str], Subject]) -> Subject:
-    return subject_of("conv")
-
-
-@pytest.fixture
-def choices(conv: Subject) -> dict[str, str]:
-    return dict(require(conv.planned, stage="calibrated").choices)
+pytestmark = pytest.mark.usefixtures("stand_ins")
 
 
 def test_a_recipe_is_its_methods_one_after_the_other(
@@ -221,87 +133,6 @@ def test_labels_that_nobody_can_give_are_refused() -> None:
     check_refinement("train", ["loss"])
     with pytest.raises(FxmpqError, match="trains with labels; .*method='train'"):
         check_refinement("train", has_labels=False)
-
-
-def test_an_interrupted_run_goes_on(conv: Subject, tmp_path: Path) -> None:
-    expected = refine(conv.planned, None, conv.batches, "flip")
-    order = list(RAN)
-    RAN.clear()
-    folder = tmp_path / "run"
-
-    class KilledError(Exception):
-        pass
-
-    def killed(graph: fx.GraphModule, batches: list, *, units: Units, **rest: Any) -> Any:
-        original = Units.unit
-
-        def unit(self: Units, name: str, *args: Any) -> list[float]:
-            if len(RAN) == 2:
-                raise KilledError
-            return original(self, name, *args)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Units, "unit", unit)
-            return flip(graph, batches, units=units)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(METHODS, "flip", Method(killed, rounds=True))
-        # The stand-in takes the same options, so that it is the same run.
-        patch.setattr(killed, "__signature__", inspect.signature(flip), raising=False)
-        with pytest.raises(KilledError):
-            refine(conv.planned, None, conv.batches, "flip", resume=folder)
-    assert list(RAN) == order[:2]
-    RAN.clear()
-    resumed = refine(conv.planned, None, conv.batches, "flip", resume=folder)
-    assert list(RAN) == order[2:]
-    assert_same(contents(resumed), contents(expected))
-    assert state_of(resumed).refinements == state_of(expected).refinements
-
-
-@pytest.mark.parametrize("what", ["option", "plan", "data", "codes", "method"])
-def test_another_run_is_not_gone_on_with(
-    conv: Subject, choices: dict[str, str], tmp_path: Path, caplog: Any, what: str
-) -> None:
-    refine(conv.planned, None, conv.batches, "flip", resume=tmp_path)
-    RAN.clear()
-    with caplog.at_level(logging.WARNING, "fxmpq.journal"):
-        refine(conv.planned, None, conv.batches, "flip", resume=tmp_path, seed=0)
-    assert (RAN, caplog.text) == ([], "")  # a default is the same run
-    request: dict[str, Any] = {"plan": None, "batches": conv.batches, "method": "flip"}
-    graph = conv.planned
-    if what == "option":
-        request["seed"] = 1
-    elif what == "plan":
-        request["plan"] = {**choices, "fc": "w8a8" if choices["fc"] != "w8a8" else "w3a8"}
-    elif what == "data":
-        request["batches"] = [batch + 0.5 for batch in conv.batches]
-    elif what == "codes":
-        graph = refine(conv.planned, None, conv.batches, "widen")
-    else:
-        request["method"] = "flip and widen"
-    with caplog.at_level(logging.WARNING, "fxmpq.journal"):
-        refined = refine(graph, request.pop("plan"), **request, resume=tmp_path)
-    assert "belongs to another run" in caplog.text
-    assert len(RAN) == sum(found.method == "flip" for found in state_of(refined).refinements)
-
-
-def test_a_value_that_is_refused_leaves_the_folder_as_it_was(conv: Subject, tmp_path: Path) -> None:
-    folder = tmp_path / "layers"
-    request: dict[str, Any] = {"method": "gptq", "resume": folder, "progress": False}
-    with pytest.raises(FxmpqError, match="damping must be"):
-        fxmpq.refine(conv.planned, None, conv.batches, damping=-1.0, **request)
-    assert not folder.exists()
-    fxmpq.refine(conv.planned, None, conv.batches, **request)
-    kept = {file: file.read_bytes() for file in folder.iterdir()}
-    with pytest.raises(FxmpqError, match="damping must be"):
-        fxmpq.refine(conv.planned, None, conv.batches, damping=-1.0, **request)
-    assert {file: file.read_bytes() for file in folder.iterdir()} == kept
-
-
-def test_a_file_is_no_folder_to_resume_from(conv: Subject, tmp_path: Path) -> None:
-    (tmp_path / "journal").write_text("x")
-    with pytest.raises(FileFormatError, match="is a file"):
-        refine(conv.planned, None, conv.batches, "flip", resume=tmp_path / "journal")
 
 
 @pytest.fixture(scope="module")

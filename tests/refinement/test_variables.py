@@ -12,11 +12,9 @@ from fxmpq.quantizers.ranges import ActivationRange
 from fxmpq.quantizers.scales import scale_shape
 from fxmpq.refinement.variables import FreeWeight, LearnedRange, SoftWeight
 
+from .conftest import draw
+
 FORMATS = [Precision.parse(text).weight for text in ("w2", "w4", "w4t", "w3b4", "w8")]
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def quantizer_of(weight: Tensor, number_format: NumberFormat, axis: int = 0) -> WeightQuantizer:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn import functional
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAUROC
@@ -20,6 +20,8 @@ from fxmpq.journal import Journal
 from fxmpq.sensitivity.layer_loss import layer_loss
 from fxmpq.work import Work
 
+from .conftest import cross_entropy, four_layers, labelled_batches
+
 Calibrated = Callable[..., fx.GraphModule]
 Rows = dict[str, dict[str, float]]
 WIDEST = {"0": "w8a8", "2": "w8a8", "4": "fp32", "6": "w8a8"}
@@ -28,25 +30,13 @@ MIXED = {"0": "w4a8", "2": "w8a8", "4": "fp32", "6": "w2a8"}
 
 @pytest.fixture(scope="module")
 def batches() -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (
-            torch.randn(samples, 6, generator=generator),
-            torch.randint(0, 3, (samples,), generator=generator),
-        )
-        for samples in (12, 5)
-    ]
+    return labelled_batches()
 
 
 @pytest.fixture(scope="module")
 def graph(calibrated: Calibrated, batches: list[tuple[Tensor, Tensor]]) -> fx.GraphModule:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        *(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()),
-        nn.Linear(8, 3),
-    )
     inputs = [x for x, _ in batches]
-    return calibrated(trace(model.eval(), inputs[0]), inputs, exclude=["4"])
+    return calibrated(trace(four_layers(), inputs[0]), inputs, exclude=["4"])
 
 
 def rises(
@@ -75,10 +65,6 @@ def floored(rows: Rows, base: dict[str, str], floor: float) -> Rows:
         }
         for group, row in rows.items()
     }
-
-
-def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return functional.cross_entropy(model(batch[0]).double(), batch[1])
 
 
 Score = tuple[Any, Callable[[fx.GraphModule], float]]

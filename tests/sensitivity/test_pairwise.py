@@ -32,6 +32,8 @@ from fxmpq.sensitivity.sqnr import sqnr
 from fxmpq.sensitivity.sweep import Sweep, measuring
 from fxmpq.work import Work
 
+from .conftest import cross_entropy, four_layers, labelled_batches
+
 Calibrated = Callable[..., fx.GraphModule]
 Choices = dict[str, str]
 LOW = [Precision(2, 8), Precision(3, 8), Precision(8, 8)]
@@ -70,25 +72,13 @@ def parallel(calibrated: Calibrated, inputs: list[tuple[Tensor, ...]]) -> fx.Gra
 
 @pytest.fixture(scope="module")
 def labelled() -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (
-            torch.randn(samples, 6, generator=generator),
-            torch.randint(0, 3, (samples,), generator=generator),
-        )
-        for samples in (12, 5)
-    ]
+    return labelled_batches()
 
 
 @pytest.fixture(scope="module")
 def deep(calibrated: Calibrated, labelled: list[tuple[Tensor, Tensor]]) -> fx.GraphModule:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        *(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()),
-        nn.Linear(8, 3),
-    )
     data = [x for x, _ in labelled]
-    return calibrated(trace(model.eval(), data[0]), data, candidates=LOW[:2], exclude=["4"])
+    return calibrated(trace(four_layers(), data[0]), data, candidates=LOW[:2], exclude=["4"])
 
 
 def whole_outputs(graph: fx.GraphModule, choices: Choices, batches: list[object]) -> Tensor:
@@ -166,10 +156,6 @@ def test_one_candidate_a_group_needs_no_projection(
         error = whole_outputs(graph, choices, inputs) - exact
         measured = float(error.square().sum() / exact.square().sum())
         assert x @ matrix @ x == pytest.approx(measured, rel=1e-4, abs=1e-8)
-
-
-def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return functional.cross_entropy(model(batch[0]).double(), batch[1])
 
 
 @pytest.mark.parametrize("asked", ["noise", "kl", cross_entropy])
