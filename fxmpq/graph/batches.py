@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -60,7 +61,7 @@ def flat_inputs(graph: fx.GraphModule, batch: Batch) -> list[object]:
     leaves, found = pytree.tree_flatten((args, kwargs))
     if found != spec:
         raise BatchError(f"the model was traced with the call {spec}; this batch is {found}")
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    placeholders = graph.graph.find_nodes(op="placeholder")
     free: dict[str, int] = {}
     for node, traced, leaf in zip(placeholders, state.example, leaves, strict=True):
         if not isinstance(traced, Tensor):
@@ -79,7 +80,7 @@ def _placed(leaf: Tensor, device: torch.device) -> Tensor:
 
 def graph_device(graph: fx.GraphModule) -> torch.device:
     """Device of the graph's first parameter or buffer; the CPU if it has none."""
-    for tensor in (*graph.parameters(), *graph.buffers()):
+    for tensor in chain(graph.parameters(), graph.buffers()):
         return tensor.device
     return torch.device("cpu")
 
@@ -149,15 +150,16 @@ def _check_tensor(node: fx.Node, leaf: object, found: dict[str, int]) -> None:
         raise BatchError(f"argument {node.name!r} must be a tensor; found {type(leaf).__name__}")
     # Every argument has the same samples, even where the model would broadcast them.
     names = ["samples" if axis == 0 else str(size) for axis, size in enumerate(traced.shape)]
-    expected = [
-        str(fixed_size(size) or found.get(name) or _describe(size))
-        for name, size in zip(names, traced.shape, strict=True)
-    ]
+    before = dict(found)
     fits = len(names) == leaf.dim() and all(
         _fits(size, actual, name, found)
         for name, size, actual in zip(names, traced.shape, leaf.shape, strict=True)
     )
     if not fits or traced.dtype != leaf.dtype:
+        expected = [
+            str(fixed_size(size) or before.get(name) or _describe(size))
+            for name, size in zip(names, traced.shape, strict=True)
+        ]
         raise BatchError(
             f"argument {node.name!r} must have shape [{', '.join(expected)}] and dtype "
             f"{traced.dtype}; found {list(leaf.shape)} and {leaf.dtype}"

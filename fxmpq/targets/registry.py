@@ -10,7 +10,7 @@ from fxmpq.errors import TargetError, closest
 from fxmpq.targets.cuda import CUDA, CUDA_BF16
 from fxmpq.targets.described.read import read_target
 from fxmpq.targets.executorch import EXECUTORCH
-from fxmpq.targets.inductor import INDUCTOR
+from fxmpq.targets.inductor import INDUCTOR, INDUCTOR_BF16
 from fxmpq.targets.onnxruntime import ONNXRUNTIME
 from fxmpq.targets.openvino import OPENVINO, OPENVINO_BF16
 from fxmpq.targets.reference import REFERENCE
@@ -26,6 +26,7 @@ TARGETS: Mapping[str, Target] = {
     CUDA_BF16.name: CUDA_BF16,
     TENSORRT.name: TENSORRT,
     INDUCTOR.name: INDUCTOR,
+    INDUCTOR_BF16.name: INDUCTOR_BF16,
     EXECUTORCH.name: EXECUTORCH,
 }
 

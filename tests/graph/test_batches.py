@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -59,6 +60,18 @@ def test_one_batch_instead_of_many_is_an_error(single: object) -> None:
 
 def test_a_graph_without_tensors_is_on_the_cpu() -> None:
     assert graph_device(fx.symbolic_trace(nn.ReLU())) == torch.device("cpu")
+
+
+def test_no_tensor_but_the_first_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking at all takes longer than a small model's run, and it is asked at every call."""
+
+    def parameters() -> Iterator[Tensor]:
+        yield torch.ones(1, device="meta")
+        raise AssertionError
+
+    graph = fx.symbolic_trace(nn.Linear(2, 2))
+    monkeypatch.setattr(graph, "parameters", parameters)
+    assert graph_device(graph) == torch.device("meta")
 
 
 def test_a_module_that_was_not_traced_is_an_error() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from fxmpq.costs.latency.runtime import Conditions, Run
 from fxmpq.formats import Precision
 from fxmpq.granularity import PerBlock, PerChannel, PerTensor
 from fxmpq.graph.rules import OperatorRule, TargetRules
@@ -20,22 +21,35 @@ _LAYER = OperatorRule(_WEIGHTS, frozenset({8}), granularities=_SHARED)
 _ACTIVATIONS = ("relu", "relu6", "hardtanh", "hardswish", "silu")
 
 
-def _convert(graph: fx.GraphModule, output: Path | None) -> Converted:
+def _conditions() -> Conditions:
+    from fxmpq.targets.inductor.measured import compiler_conditions
+
+    return compiler_conditions()
+
+
+def _target(name: str, description: str, *, is_bfloat16: bool) -> Target:
+    """The compiler with all that is not quantized computed in `float32`, or products in less."""
+
     # Imported late: the compiler takes seconds to import.
-    from fxmpq.targets.inductor.convert import convert_inductor
+    def convert(graph: fx.GraphModule, output: Path | None) -> Converted:
+        from fxmpq.targets.inductor.convert import convert_inductor
 
-    return convert_inductor(graph, output)
+        return convert_inductor(graph, output, name, is_bfloat16=is_bfloat16)
 
+    def load(graph: fx.GraphModule) -> Run:
+        from fxmpq.targets.inductor.measured import load_inductor
 
-def _check() -> None:
-    from fxmpq.targets.inductor.compiler import check_compiler
+        return load_inductor(graph, is_bfloat16=is_bfloat16)
 
-    check_compiler()
+    def check() -> None:
+        from fxmpq.targets.inductor.compiler import check_bfloat16, check_compiler
 
+        check_compiler()
+        if is_bfloat16:
+            check_bfloat16()
 
-INDUCTOR = Target(
-    rules=TargetRules(
-        name="inductor",
+    rules = TargetRules(
+        name=name,
         operators={
             "conv": _LAYER,
             "linear": _LAYER,
@@ -53,9 +67,27 @@ INDUCTOR = Target(
         ),
         joins=("shared_weight", "shared_input"),
         through=frozenset({aten.max_pool2d.default}),
-    ),
-    convert=_convert,
-    description="compiled by torch.compile to oneDNN's int8 CPU kernels; the rest float",
-    packages={},
-    check=_check,
+    )
+    return Target(
+        rules,
+        convert,
+        description,
+        packages={},
+        # Versions of torch are always among what decides.
+        latency=(),
+        load=load,
+        conditions=_conditions,
+        check=check,
+    )
+
+
+INDUCTOR = _target(
+    "inductor",
+    "compiled by torch.compile to oneDNN's int8 CPU kernels; the rest float",
+    is_bfloat16=False,
+)
+INDUCTOR_BF16 = _target(
+    "inductor-bf16",
+    "the same, with float layers and products computed in bfloat16, on CPUs that have it",
+    is_bfloat16=True,
 )

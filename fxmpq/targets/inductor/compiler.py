@@ -1,11 +1,26 @@
-"""The C++ compiler that PyTorch's compiler needs."""
+"""What PyTorch's compiler needs: a C++ compiler, and a CPU that has what it is asked for."""
 
 from __future__ import annotations
 
+import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
 from fxmpq.errors import TargetError
+
+
+def check_bfloat16() -> None:
+    """Refuse to go on where this CPU has no products of bfloat16.
+
+    Raises:
+        TargetError: If it has neither AVX512-BF16 nor AMX.
+    """
+    found = torch.cpu.get_capabilities()
+    if not (found.get("avx512_bf16") or found.get("amx_bf16")):
+        raise TargetError(
+            "target 'inductor-bf16' computes in bfloat16, for which this CPU has neither "
+            "AVX512-BF16 nor AMX; prepare for 'inductor'"
+        )
 
 
 def check_compiler() -> None:

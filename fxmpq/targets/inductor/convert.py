@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor, fx
 from fxmpq.errors import TargetError
 from fxmpq.graph.batches import Batch, flat_inputs
 from fxmpq.graph.reasons import first_line
-from fxmpq.graph.state import state_of
+from fxmpq.graph.state import Member, state_of
 from fxmpq.targets.inductor.compiled import CompiledGraph
 from fxmpq.targets.inductor.compiler import check_compiler
 from fxmpq.targets.inductor.exposure import ExposedGraph
@@ -21,7 +22,9 @@ from fxmpq.targets.reference.convert import convert_reference
 from fxmpq.targets.target import Converted, LayerValue
 
 
-def convert_inductor(graph: fx.GraphModule, output: Path | None) -> Converted:
+def convert_inductor(
+    graph: fx.GraphModule, output: Path | None, name: str, *, is_bfloat16: bool
+) -> Converted:
     """Compile a planned graph, and read back the kernels that it runs.
 
     What is compiled lives in this process: compiled code, if it were written, would have to be
@@ -31,6 +34,8 @@ def convert_inductor(graph: fx.GraphModule, output: Path | None) -> Converted:
     Args:
         graph: With chosen precisions; not changed.
         output: Folder to write to, made if missing.
+        name: The target's.
+        is_bfloat16: Whether float layers and products are computed in bfloat16.
 
     Returns:
         The converted model; its `module` is a `CompiledGraph`.
@@ -39,7 +44,8 @@ def convert_inductor(graph: fx.GraphModule, output: Path | None) -> Converted:
         TargetError: If there is no C++ compiler, or what it made of the model fails.
     """
     check_compiler()
-    compiled = CompiledGraph(inductor_program(graph))
+    program = inductor_program(graph, is_bfloat16=is_bfloat16)
+    compiled = CompiledGraph(program)
     try:
         compiled(state_of(graph).example)
     except Exception as error:
@@ -53,11 +59,18 @@ def convert_inductor(graph: fx.GraphModule, output: Path | None) -> Converted:
 
     @cache
     def exposed() -> ExposedGraph:
-        return ExposedGraph(graph)
+        return ExposedGraph(graph, is_bfloat16=is_bfloat16)
 
     def layer_values(batch: Batch) -> Sequence[LayerValue]:
         return exposed()(batch)
 
     files = () if output is None else convert_reference(graph, output).files
-    reports = layer_reports(graph, compiled.kernels.of_quantized)
-    return Converted("inductor", run, compiled, files, reports, layer_values=layer_values)
+
+    def float_kernel(found: Member) -> str:
+        return "bfloat16" if found.node in program.narrowed else "float"
+
+    reports = tuple(
+        replace(row, kernel="bfloat16") if row.layer in program.narrowed else row
+        for row in layer_reports(graph, compiled.kernels.of_quantized, float_kernel)
+    )
+    return Converted(name, run, compiled, files, reports, layer_values=layer_values)

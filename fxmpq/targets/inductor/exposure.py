@@ -20,12 +20,13 @@ class ExposedGraph:
 
     Args:
         graph: The planned graph.
+        is_bfloat16: Whether float layers and products are computed in bfloat16.
     """
 
-    def __init__(self, graph: fx.GraphModule) -> None:
+    def __init__(self, graph: fx.GraphModule, *, is_bfloat16: bool = False) -> None:
         self._graph = graph
         self._layers = computed_by(graph)
-        program = inductor_program(graph)
+        program = inductor_program(graph, is_bfloat16=is_bfloat16)
         self._makers = [program.quantizers[name] for name in self._layers]
         (output,) = program.graph.graph.find_nodes(op="output")
         (returned,) = output.args

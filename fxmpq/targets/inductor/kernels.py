@@ -15,6 +15,11 @@ _LOOK_UP = torch.ops.aten.embedding.default
 _SCALES = 4
 """Where oneDNN's quantized operators take the scales of weights."""
 
+_CONSTANT = (
+    "it looks up rows that are fixed: compiled for given sizes they are held in float32; compiled "
+    "for free sizes int8 codes are looked up"
+)
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -30,7 +35,7 @@ class Kernels:
         """A quantized layer's kernel, and why it differs from what was asked where it does."""
         found = self.found.get(layer.name, [])
         if not found and layer.kind == "embedding":
-            return "folded", "it looks up the same rows at every call, so it is computed once"
+            return "float32 constant", _CONSTANT
         if not found:
             return "float", "the compiler has no integer kernel for it, and computes in float"
         assert precision.weight is not None

@@ -9,11 +9,14 @@ from torch import Tensor, fx
 
 from fxmpq.graph.operators import OPERATORS, argument
 from fxmpq.targets.decomposed import to_decomposed
+from fxmpq.targets.inductor.bf16 import compute_in_bfloat16
+from fxmpq.targets.inductor.joined import join_linears
 from fxmpq.targets.inductor.rewrite import (
     DEQUANTIZE,
     DEQUANTIZE_WEIGHT,
     QUANTIZE,
     rewrite_for_compiler,
+    separate_uses,
 )
 from fxmpq.targets.lowering import finish
 from fxmpq.targets.program import move_to_cpu
@@ -27,25 +30,30 @@ class InductorProgram:
     Args:
         graph: Takes flat inputs and returns flat outputs; on the CPU.
         marks: Names of layers by the name of a tensor that only they read: the scales of a
-            weight, or the codes of an embedding's.
+            weight, joined ones of several layers, or the codes of an embedding's.
         quantizers: The node that makes codes, by the planned graph's node that simulates it.
+        narrowed: What is computed in bfloat16, as `compute_in_bfloat16` names it.
     """
 
     graph: fx.GraphModule
     marks: Mapping[str, list[str]]
     quantizers: Mapping[str, fx.Node] = field(repr=False)
+    narrowed: frozenset[str] = frozenset()
 
 
-def inductor_program(graph: fx.GraphModule) -> InductorProgram:
+def inductor_program(graph: fx.GraphModule, *, is_bfloat16: bool = False) -> InductorProgram:
     """Rewrite a planned graph so that the compiler finds all it can run on integers.
 
     Args:
         graph: With chosen precisions; not changed.
+        is_bfloat16: Whether float layers and products are computed in bfloat16.
 
     Returns:
-        The graph of `to_decomposed` with `uint8` codes, written as the compiler wants it.
+        The graph of `to_decomposed` with `uint8` codes, written as the compiler wants it, where
+        linear layers that read the same codes are one.
     """
     rewritten = to_decomposed(graph, signed=False)
+    separate_uses(rewritten)
     nodes = {node.name: node for node in rewritten.graph.nodes}
     made = [node for node in rewritten.graph.nodes if node.target is QUANTIZE]
     marks: dict[str, list[str]] = {}
@@ -54,11 +62,15 @@ def inductor_program(graph: fx.GraphModule) -> InductorProgram:
         if layer.kind != "embedding":
             mark = _scales(nodes[layer.node])
         marks.setdefault(mark, []).append(layer.name)
+    for joined, parts in join_linears(rewritten).items():
+        marks[joined] = [name for part in parts for name in marks.pop(part)]
+    narrowed = compute_in_bfloat16(rewritten) if is_bfloat16 else frozenset[str]()
     rewrite_for_compiler(rewritten)
     move_to_cpu(rewritten)
     rewritten.graph.set_codegen(fx.graph.CodeGen())
     finish(rewritten)
-    return InductorProgram(rewritten, marks, dict(zip(active_quantizers(graph), made, strict=True)))
+    makers = dict(zip(active_quantizers(graph), made, strict=True))
+    return InductorProgram(rewritten, marks, makers, narrowed)
 
 
 def _scales(layer: fx.Node) -> str:

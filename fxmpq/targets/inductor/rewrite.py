@@ -29,7 +29,7 @@ def rewrite_for_compiler(graph: fx.GraphModule) -> None:
         graph: With `uint8` codes.
     """
     for node in list(graph.graph.nodes):
-        if node.target is aten.max_pool2d.default and _reads_codes(node):
+        if node.target is aten.max_pool2d.default and dequantization_read_by(node):
             # The compiler pools codes where codes are wanted, and takes for granted that both have
             # one scale: it must see the quantization that changes nothing.
             quantize_again(graph, node)
@@ -44,8 +44,32 @@ def rewrite_for_compiler(graph: fx.GraphModule) -> None:
         graph.register_buffer(name, get_tensor(graph, name).int())
 
 
-def _reads_codes(node: fx.Node) -> fx.Node | None:
-    """The dequantization that a node reads first, or `None` if it reads no codes."""
+def separate_uses(graph: fx.GraphModule) -> None:
+    """Give each use of a weight scales of its own, in place.
+
+    The compiler computes once what is twice the same, and finds no layer behind what two layers
+    read: a layer that is used twice would run in float.
+
+    Args:
+        graph: From `to_decomposed`.
+    """
+    seen: set[str] = set()
+    for node in graph.graph.find_nodes(op="call_function", target=DEQUANTIZE_WEIGHT):
+        name = str(node.args[1].target)
+        if name in seen:
+            own = f"{name}_of_{node.name}"
+            graph.register_buffer(own, get_tensor(graph, name).clone())
+            with graph.graph.inserting_before(node):
+                node.update_arg(1, graph.graph.get_attr(own))
+        seen.add(name)
+
+
+def dequantization_read_by(node: fx.Node) -> fx.Node | None:
+    """The dequantization that a node reads first, or `None` if it reads no codes.
+
+    Args:
+        node: A layer, or what else reads what codes stand for.
+    """
     source = node.args[0]
     return source if isinstance(source, fx.Node) and source.target is DEQUANTIZE else None
 
@@ -56,7 +80,7 @@ def _lay_out_codes(graph: fx.GraphModule, linear: fx.Node) -> None:
     In another order it becomes a batched product, which the compiler does not run on integers,
     and which torch 2.13 stumbles over where sizes are free.
     """
-    source = _reads_codes(linear)
+    source = dequantization_read_by(linear)
     if source is not None:
         with graph.graph.inserting_before(source):
             codes = graph.graph.call_function(aten.contiguous.default, (source.args[0],))
@@ -68,7 +92,9 @@ def _stored_codes(graph: fx.GraphModule, conv: fx.Node) -> Tensor | None:
     weight = conv.args[1]
     if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_WEIGHT:
         return None
-    return None if _reads_codes(conv) is None else get_tensor(graph, _name_of_codes(weight))
+    return (
+        None if dequantization_read_by(conv) is None else get_tensor(graph, _name_of_codes(weight))
+    )
 
 
 def _store_instead(graph: fx.GraphModule, conv: fx.Node, suffix: str, codes: Tensor) -> None:

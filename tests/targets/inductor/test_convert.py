@@ -57,7 +57,12 @@ def test_files_are_those_of_the_reference(
 
 
 class Sentences(nn.Module):
-    """A table, a layer over positions, one whose weight is the table, and a convolution."""
+    """A table, a layer over positions, one whose weight is the table, and a convolution.
+
+    One layer is used twice, and stored positions are looked up.
+    """
+
+    positions: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,11 +71,12 @@ class Sentences(nn.Module):
         self.conv = nn.Conv1d(16, 16, 3, padding=1, stride=2)
         self.head = nn.Linear(16, 20, bias=False)
         self.head.weight = self.table.weight
+        self.register_buffer("positions", torch.arange(8))
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.table(ids) + self.place(torch.arange(8, device=ids.device))
+        x = self.table(ids) + self.place(self.positions)
         x = x + self.mix(x.transpose(1, 2)).transpose(1, 2)
-        x = nn.functional.gelu(self.hidden(x))
+        x = self.hidden(nn.functional.gelu(self.hidden(x)))
         return self.head(self.conv(x.transpose(1, 2)).transpose(1, 2))
 
 
@@ -83,9 +89,10 @@ def test_layers_on_any_layout_run_on_integers(calibrated: Made, uniform: Made) -
     found = {row.layer: row.kernel for row in made.layers}
     assert found == {
         "table": "aten.embedding of int8 codes",
-        "place": "aten.embedding of int8 codes",
+        "place": "float32 constant",
         "mix": "onednn.qlinear_pointwise to float32",
         "hidden": "onednn.qlinear_pointwise gelu to uint8",
+        "hidden#2": "onednn.qlinear_pointwise to uint8",
         "conv": "onednn.qconv_pointwise to float32",
         "table#2": "onednn.qlinear_pointwise to float32",
     }
@@ -110,7 +117,7 @@ def test_without_a_compiler_nothing_is_begun(
 
     monkeypatch.setattr(module, "check_compiler", missing)
     with pytest.raises(TargetError, match="no C"):
-        module.convert_inductor(planned, tmp_path)
+        module.convert_inductor(planned, tmp_path, "inductor", is_bfloat16=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -122,4 +129,4 @@ def test_what_the_compiler_fails_on_is_an_error(
 
     monkeypatch.setattr(module.CompiledGraph, "__call__", fail)
     with pytest.raises(TargetError, match="AssertionError: expected size 5==5. Target"):
-        module.convert_inductor(planned, None)
+        module.convert_inductor(planned, None, "inductor", is_bfloat16=False)

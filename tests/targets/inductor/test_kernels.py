@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import fx, nn
@@ -32,6 +34,12 @@ def test_a_layer_that_the_compiler_leaves_in_float_says_so(layer: Layer) -> None
     kernel, reason = Kernels().of_quantized(layer, Precision(8, 8))
     assert kernel == "float"
     assert "no integer kernel" in reason
+
+
+def test_an_embedding_that_is_not_found_is_a_constant(layer: Layer) -> None:
+    kernel, reason = Kernels().of_quantized(replace(layer, kind="embedding"), Precision(8))
+    assert kernel == "float32 constant"
+    assert reason.startswith("it looks up rows that are fixed")
 
 
 def test_fewer_bits_are_held_in_int8(layer: Layer) -> None:

@@ -14,6 +14,7 @@ from fxmpq.targets.inductor.rewrite import (
     DEQUANTIZE_WEIGHT,
     QUANTIZE,
     rewrite_for_compiler,
+    separate_uses,
 )
 from fxmpq.targets.lowering import finish
 
@@ -103,6 +104,34 @@ def test_convolutions_over_one_dimension_are_over_two(
         (6, 4 // options.get("groups", 1), 1, 3),
         (2, 6, 1, 1),
     ]
+
+
+class Twice(nn.Module):
+    """A layer that is used twice beside one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.other(self.fc(x).relu()))
+
+
+def test_each_use_of_a_weight_has_scales_of_its_own(calibrated: Made, uniform: Made) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    graph = to_decomposed(uniform(calibrated(trace(Twice(), x), [x], "inductor")), signed=False)
+    before = run_batch(graph, x)[0]
+    separate_uses(graph)
+    graph.recompile()
+    names = [str(node.args[1].target) for node in calls(graph, DEQUANTIZE_WEIGHT)]
+    assert len(set(names)) == 3
+    first, other, again = (graph.get_buffer(name) for name in names)
+    assert torch.equal(first, again)
+    assert first.data_ptr() != again.data_ptr()
+    assert names[1] == "scales_other_weight"
+    assert len(other) == 4
+    assert torch.equal(run_batch(graph, x)[0], before)
 
 
 def test_float_layers_stay_as_they_are(calibrated: Made, uniform: Made) -> None:
