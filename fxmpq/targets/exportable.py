@@ -1,9 +1,13 @@
-"""Operators that the ONNX exporter refuses, written in ones that it takes."""
+"""What the ONNX exporter refuses, written as it takes it."""
 
 from __future__ import annotations
 
 import torch
 from torch import fx
+from torch.fx.graph import _PyTreeCodeGen
+from torch.utils import _pytree as pytree
+
+from fxmpq.graph.call_structure import CallStructure
 
 aten = torch.ops.aten
 
@@ -41,3 +45,22 @@ def make_exportable(graph: fx.GraphModule) -> int:
     if replaced:
         graph.recompile()
     return replaced
+
+
+def return_computed_alone(graph: fx.GraphModule) -> None:
+    """Let a graph return what it computes and no constants, as `None` or a number, in place.
+
+    Args:
+        graph: A lowered graph. Where it returns constants, it then returns a tuple of the rest.
+    """
+    output = graph.graph.output_node()
+    leaves = pytree.tree_leaves(output.args)
+    kept = tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node))
+    if len(kept) == len(leaves):
+        return
+    output.args = (kept,)
+    found = graph.graph._codegen
+    assert isinstance(found, _PyTreeCodeGen)
+    structure = found.pytree_info._replace(out_spec=pytree.tree_structure(kept))
+    graph.graph.set_codegen(CallStructure(structure))
+    graph.recompile()

@@ -11,7 +11,7 @@ from torch import fx
 
 from fxmpq.errors import TargetError
 from fxmpq.graph.export import quiet_torch
-from fxmpq.targets.exportable import make_exportable
+from fxmpq.targets.exportable import make_exportable, return_computed_alone
 from fxmpq.targets.program import rewritten_program
 
 Translations = Mapping[Callable[..., object], Callable[..., object]]
@@ -35,6 +35,7 @@ def export_onnx(graph: fx.GraphModule, translations: Translations, opset: int) -
         TargetError: If torch's ONNX exporter has no translation for a node, naming it.
     """
     make_exportable(graph)
+    return_computed_alone(graph)
     program = rewritten_program(graph)
     with quiet_torch(), torch.no_grad():
         try:

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from fxmpq.graph.trace import trace
 from fxmpq.steps import apply
 from fxmpq.targets.convert import convert
-from fxmpq.targets.exportable import make_exportable
+from fxmpq.targets.exportable import make_exportable, return_computed_alone
 
 aten = torch.ops.aten
 
@@ -70,3 +70,43 @@ def test_the_converted_model_runs_at_another_batch_size(
     planned = apply(ready, {"fc": "w8a8"})
     converted = convert(planned, verify=[{name: value[:2] for name, value in batch.items()}])
     assert converted.sqnr_db > 60
+
+
+class Labelled(nn.Module):
+    """Returns constants between what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        return {"version": 3, "y": self.fc(x), "rest": (None, x, 2.5)}
+
+
+def test_only_what_is_computed_is_returned() -> None:
+    x = torch.arange(8.0).reshape(2, 4)
+    graph = trace(Labelled().eval(), x)
+    expected = graph(x)
+    return_computed_alone(graph)
+    y, same = graph(x)
+    assert torch.equal(y, expected["y"])
+    assert torch.equal(same, x)
+
+
+def test_a_structure_without_constants_is_left_as_it_is(
+    graph: fx.GraphModule, batch: dict[str, Tensor]
+) -> None:
+    code = graph.code
+    return_computed_alone(graph)
+    assert graph.code == code
+    assert isinstance(graph(**batch), Tensor)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_a_model_that_returns_constants_is_converted(
+    target: str, calibrated: Callable[..., fx.GraphModule]
+) -> None:
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    ready = calibrated(trace(Labelled().eval(), x), [x], target)
+    made = convert(apply(ready, {"fc": "w8a8"}), verify=[x])
+    assert [tuple(found.shape) for found in made.run(x)] == [(4, 4), (4, 4)]

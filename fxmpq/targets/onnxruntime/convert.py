@@ -8,16 +8,19 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import torch
 from torch import Tensor, fx
 
 from fxmpq.graph.batches import Batch, flat_inputs
 from fxmpq.graph.rules import TargetRules
+from fxmpq.targets.onnx_compact import compact
 from fxmpq.targets.onnx_export import export_onnx, write_onnx
+from fxmpq.targets.onnx_parts import onnx_parts
 from fxmpq.targets.onnxruntime.exposure import ExposedModel
 from fxmpq.targets.onnxruntime.float_layers import keep_float_layers
 from fxmpq.targets.onnxruntime.kernels import ExecutedKernels
-from fxmpq.targets.onnxruntime.layer_nodes import WrittenModel
+from fxmpq.targets.onnxruntime.layer_nodes import WrittenModel, layer_nodes
 from fxmpq.targets.onnxruntime.layout import lay_out_weights
 from fxmpq.targets.onnxruntime.rewrite import to_integer_operators
 from fxmpq.targets.onnxruntime.rewrite_products import name_products, products_of
@@ -25,6 +28,7 @@ from fxmpq.targets.onnxruntime.session import OnnxModel
 from fxmpq.targets.onnxruntime.storage import narrow_codes
 from fxmpq.targets.onnxruntime.stored_weights import dequantize_when_loaded
 from fxmpq.targets.onnxruntime.translate import TRANSLATIONS
+from fxmpq.targets.onnxruntime.versions import check_release
 from fxmpq.targets.outcome import layer_reports
 from fxmpq.targets.target import Converted, LayerValue
 
@@ -45,7 +49,8 @@ def convert_onnxruntime(
         The converted model; its `module` is an `OnnxModel`.
 
     Raises:
-        TargetError: If torch's ONNX exporter has no translation for a node, naming it.
+        TargetError: If torch's ONNX exporter has no translation for a node, naming it, or the
+            installed runtime is too old for the file.
     """
     rewritten = to_integer_operators(graph, rules)
     model = export_onnx(rewritten, TRANSLATIONS, _OPSET)
@@ -55,9 +60,10 @@ def convert_onnxruntime(
     lay_out_weights(model)
     narrow_codes(model)
     proto = ir.to_proto(model)
+    compact(proto, layer_nodes(WrittenModel(proto), graph))
     written = WrittenModel(proto)
-    _drop_constant_shapes(proto, written)
     onnx.checker.check_model(proto)
+    check_release(proto, onnxruntime.__version__)
     serialized = proto.SerializeToString()
     threads = torch.get_num_threads()
     loaded = OnnxModel(serialized, threads)
@@ -75,11 +81,12 @@ def convert_onnxruntime(
 
     kernels = ExecutedKernels(loaded.executed, written, graph)
     reports = layer_reports(graph, kernels.quantized, kernels.in_float)
-    return Converted("onnxruntime", run, loaded, files, reports, layer_values=layer_values)
-
-
-def _drop_constant_shapes(proto: onnx.ModelProto, written: WrittenModel) -> None:
-    """Drop the shapes of constants, which say nothing new; the runtime fuses by the others."""
-    shapes = [entry for entry in proto.graph.value_info if not written.is_constant(entry.name)]
-    del proto.graph.value_info[:]
-    proto.graph.value_info.extend(shapes)
+    return Converted(
+        "onnxruntime",
+        run,
+        loaded,
+        files,
+        reports,
+        layer_values=layer_values,
+        parts=onnx_parts(proto, graph),
+    )

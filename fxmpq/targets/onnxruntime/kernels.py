@@ -130,6 +130,8 @@ class ExecutedKernels:
         if not isinstance(member, Layer):
             return []
         scale = f"scale_{member.weight.replace('.', '_')}"
-        readers = [*self._readers.get(scale, []), *self._readers.get(f"{scale}_gather", [])]
+        spread = [name for node in self._written.readers(scale) for name in node.output]
+        names = [scale, *(name for name in spread if self._written.is_constant(name))]
+        readers = [node for name in names for node in self._readers.get(name, [])]
         is_look_up = member.kind == "embedding"
         return [node for node in readers if ("Gather" in node.op_type) == is_look_up]

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.state import Layer, state_of
 from fxmpq.quantizers.modules import ActivationQuantizer
+from fxmpq.targets.equal_calls import value_numbers
 from fxmpq.targets.lowering import quantizer_of
 
 aten = torch.ops.aten
@@ -91,7 +92,8 @@ def layer_nodes(written: WrittenModel, graph: fx.GraphModule) -> dict[str, onnx.
     """Find the node that computes each layer.
 
     A layer is found by its weight's scales, or its weight where that is float, which the exporter
-    may have transposed. Calls that share a weight are told apart by their order.
+    may have transposed. Calls that share a weight are told apart by their order; those that
+    compute the same share a node, since the exporter makes one of them.
 
     Args:
         written: The model as it is written.
@@ -102,6 +104,7 @@ def layer_nodes(written: WrittenModel, graph: fx.GraphModule) -> dict[str, onnx.
         with their weight.
     """
     nodes: dict[str, onnx.NodeProto] = {}
+    numbers = value_numbers(graph)
     calls: dict[tuple[str, bool], list[Layer]] = defaultdict(list)
     for layer in _in_graph_order(graph):
         calls[layer.weight, layer.kind == "embedding"].append(layer)
@@ -113,8 +116,13 @@ def layer_nodes(written: WrittenModel, graph: fx.GraphModule) -> dict[str, onnx.
         users = [user for user in users if (user.op_type in _LOOK_UPS) == is_look_up]
         if not users:
             users = written.users_of_stored(written.stored_transposes(get_tensor(graph, weight)))
+        computed = [numbers[layer.node] for layer in sharing]
         if len(users) == len(sharing):
-            nodes |= {layer.name: user for layer, user in zip(sharing, users, strict=True)}
+            computed = list(range(len(sharing)))
+        places = {number: place for place, number in enumerate(dict.fromkeys(computed))}
+        if len(users) == len(places):
+            found = [users[places[number]] for number in computed]
+            nodes |= {layer.name: user for layer, user in zip(sharing, found, strict=True)}
     return nodes
 
 

@@ -26,7 +26,7 @@ _OPS = torch.ops.fxmpq
 _LARGEST_BIAS = 2**30
 """Half of what an `int32` accumulator holds; the products take the rest."""
 
-_SMALLEST_SCALE = float(torch.finfo(torch.float32).tiny)
+_SMALLEST_SCALE = 2 * float(torch.finfo(torch.float32).tiny)
 
 _FINE_BITS = 7
 """Width that codes of fewer bits are widened to. Two products of such codes with a byte add up
@@ -180,16 +180,6 @@ def _rewrite_conv(
     stored = stored_weight(graph, node, quantizer, codes, scale, factor)
     with graph.graph.inserting_before(node):
         node.update_arg(1, graph.graph.call_function(dequantize, stored))
-    if bias is None:
-        return
-    # The integer kernel adds the bias to its accumulator, so it is stored in its units.
-    step = scale.double() * input_codes[1].scale
-    units = torch.round(bias.double() / step).to(torch.int32)
-    name = f"{quantizer.name}.{node.name}"
-    stored_units = store_tensor(graph, f"bias_codes_{name}", units, node)
-    steps = store_tensor(graph, f"bias_scale_{name}", step.float(), node)
-    with graph.graph.inserting_before(node):
-        node.update_arg(2, graph.graph.call_function(dequantize, (stored_units, steps)))
 
 
 def _units_that_hold(
@@ -197,11 +187,12 @@ def _units_that_hold(
 ) -> tuple[int, Tensor]:
     """A factor for the codes and scales for them, so that the bias is fine and fits an `int32`.
 
-    A bias is rounded to units of weight scale times input scale, which for 2-bit weights are as
-    coarse as the weights themselves. Codes multiplied by `f` beside scales divided by `f` mean
-    the same, and have units `f` times finer. A channel of nearly dead weights has a scale so
-    small that its bias would overflow; a larger one loses nothing that shows beside that bias.
-    A channel of zeros may have any scale, and takes the one that gives its bias the most digits.
+    The runtime rounds a bias to units of weight scale times input scale when it loads the file,
+    which for 2-bit weights are as coarse as the weights themselves. Codes multiplied by `f`
+    beside scales divided by `f` mean the same, and have units `f` times finer. A channel of
+    nearly dead weights has a scale so small that its bias would overflow; a larger one loses
+    nothing that shows beside that bias. A channel of zeros may have any scale, and takes the one
+    that gives its bias the most digits.
 
     Args:
         bias: `[channels]`.
@@ -213,7 +204,9 @@ def _units_that_hold(
     Returns:
         The factor `f`, and the scales of the codes before they are multiplied by it.
     """
-    needed = (bias.double().abs() / (input_scale * _LARGEST_BIAS)).clamp(min=_SMALLEST_SCALE)
+    # The units are divided by, so they must not be lost in `float32` either.
+    smallest = _SMALLEST_SCALE / min(input_scale, 1.0)
+    needed = (bias.double().abs() / (input_scale * _LARGEST_BIAS)).clamp(min=smallest)
     is_dead = (codes == 0).flatten(1).all(dim=1)
     factor = finest
     while factor > 1 and bool(((needed * factor > scale) & ~is_dead).any()):
@@ -249,7 +242,7 @@ def _put_linear(
         found_bias = bias_of(graph, node)
         zeros = torch.zeros(len(get_tensor(graph, quantizer.name)))
         values = zeros if found_bias is None else found_bias
-        bias = store_tensor(graph, f"bias_{quantizer.name}.{node.name}", values, node)
+        bias = store_tensor(graph, f"bias_{quantizer.name}", values, node)
     with graph.graph.inserting_before(node):
         result = graph.graph.call_function(linear, (*operands, *stored, bias))
     node.replace_all_uses_with(result)

@@ -14,17 +14,15 @@ from torch import Tensor, fx
 from fxmpq.errors import TargetError
 from fxmpq.graph.batches import Batch, flat_inputs
 from fxmpq.graph.state import Layer, state_of
+from fxmpq.targets.onnx_compact import compact
 from fxmpq.targets.onnx_export import export_onnx, write_onnx
+from fxmpq.targets.onnx_parts import onnx_parts
 from fxmpq.targets.onnxruntime.layer_nodes import WrittenModel, layer_nodes, visible_value
 from fxmpq.targets.onnxruntime.session import OnnxModel
 from fxmpq.targets.outcome import layer_reports
 from fxmpq.targets.target import Converted, LayerValue
 from fxmpq.targets.tensorrt.described import DescribedLayers
-from fxmpq.targets.tensorrt.layout import (
-    dequantize_at_each_reader,
-    drop_redundant,
-    store_four_bits,
-)
+from fxmpq.targets.tensorrt.layout import dequantize_at_each_reader, store_four_bits
 from fxmpq.targets.tensorrt.rewrite import to_symmetric_qdq
 from fxmpq.targets.tensorrt.rules import lint_model
 from fxmpq.targets.tensorrt.translate import TRANSLATIONS
@@ -56,8 +54,9 @@ def convert_tensorrt(graph: fx.GraphModule, output: Path | None) -> Converted:
     store_four_bits(model)
     dequantize_at_each_reader(model)
     proto = ir.to_proto(model)
-    drop_redundant(proto)
+    # Checked with the exporter's names, which tell more in a message.
     _check(proto)
+    compact(proto, layer_nodes(WrittenModel(proto), graph))
     serialized = proto.SerializeToString()
     threads = torch.get_num_threads()
     # Fused operators would be ONNX Runtime's own, and some of those are wrong on E4M3.
@@ -80,7 +79,15 @@ def convert_tensorrt(graph: fx.GraphModule, output: Path | None) -> Converted:
 
     described = DescribedLayers(graph, written)
     reports = layer_reports(graph, described)
-    return Converted("tensorrt", run, loaded, files, reports, layer_values=layer_values)
+    return Converted(
+        "tensorrt",
+        run,
+        loaded,
+        files,
+        reports,
+        layer_values=layer_values,
+        parts=onnx_parts(proto, graph),
+    )
 
 
 def _check(proto: onnx.ModelProto) -> None:

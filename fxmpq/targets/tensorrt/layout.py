@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import ml_dtypes
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from fxmpq.targets.tensorrt.rewrite import FOUR_BITS
 
 _IR_VERSION = 10
 """The first ONNX file version that holds codes of 4 bits."""
-
-_DEFAULTS: Mapping[str, int] = {
-    "axis": 1,
-    "block_size": 0,
-    "output_dtype": 0,
-    "precision": 0,
-    "saturate": 1,
-}
-"""Attributes of `QuantizeLinear` and `DequantizeLinear` as they are if left out."""
 
 
 def store_four_bits(model: ir.Model) -> None:
@@ -57,22 +45,3 @@ def dequantize_at_each_reader(model: ir.Model) -> None:
             own.name = other.name = f"dequantized_{count}_again_{further}"
             model.graph.insert_before(reader, other)
             reader.replace_input_with(position, own)
-
-
-def drop_redundant(proto: onnx.ModelProto) -> None:
-    """Drop what a reader of the file finds by itself: inner shapes, notes and defaults. In place.
-
-    Args:
-        proto: A model about to be written.
-    """
-    del proto.graph.value_info[:]
-    for entry in (proto, proto.graph, *proto.graph.input, *proto.graph.output):
-        del entry.metadata_props[:]
-    for tensor in proto.graph.initializer:
-        del tensor.metadata_props[:]
-    for node in proto.graph.node:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        kept = [entry for entry in node.attribute if _DEFAULTS.get(entry.name) != entry.i]
-        del node.attribute[:]
-        node.attribute.extend(kept)

@@ -126,7 +126,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, change: Break) -> None:
     [
         ("scale_stem_0_weight", 0.5, "stem.0", "no layer comes before it"),
         ("scale_conv2_weight", 1.5, "conv2", "dB at 'conv1' just before it"),
-        ("bias_fc_weight_linear", -1.0, "fc", "dB at 'downsample.0' just before it"),
+        ("bias_fc_weight", -1.0, "fc", "dB at 'downsample.0' just before it"),
     ],
 )
 def test_a_wrong_number_in_the_file_is_found_at_its_layer(

@@ -60,9 +60,19 @@ def kernels(planned: fx.GraphModule) -> ExecutedKernels:
         node("QLinearConv", "t scale_c_weight", "q"),
         node("Gather", "scale_t_weight i", "rows"),
         node("MatMulIntegerToFloat", "rows codes scale_t_weight", "logits"),
-        node("MatMulNBits", "rows packed scale_n_weight_gather", "wide"),
+        node("MatMulNBits", "rows packed 7", "wide"),
     )
-    return ExecutedKernels(executed, WrittenModel(model_of()), planned)
+    # The file spreads the scales over blocks, and looks others up while it runs.
+    written = model_of(
+        node("Gather", "scale_n_weight columns", "7"),
+        node("MatMulNBits", "rows packed 7", "wide"),
+        node("Gather", "scale_t_weight i", "looked_up"),
+        node("Mul", "rows looked_up", "real"),
+    )
+    for name in ("scale_n_weight", "columns", "packed", "scale_t_weight"):
+        value = helper.make_tensor(name, onnx.TensorProto.FLOAT, [1], [1.0])
+        written.graph.initializer.append(value)
+    return ExecutedKernels(executed, WrittenModel(written), planned)
 
 
 def test_integer_kernels_are_named_once(kernels: ExecutedKernels) -> None:

@@ -11,7 +11,9 @@ from torch import Tensor, fx, nn
 
 from fxmpq.graph.state import require
 from fxmpq.graph.trace import trace
+from fxmpq.targets.convert import convert
 from fxmpq.targets.onnxruntime.layer_nodes import WrittenModel, layer_nodes, visible_value
+from fxmpq.targets.onnxruntime.session import OnnxModel
 
 Made = Callable[..., fx.GraphModule]
 
@@ -232,3 +234,29 @@ def test_a_bias_that_is_added_belongs_to_the_layer(calibrated: Made, uniform: Ma
     call = next(entry for entry in planned.graph.nodes if entry.name == group.layers[0].node)
     seen = visible_value(written, found, planned, call, group.layers[0])
     assert seen == ("linear", "y")
+
+
+class CalledTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fc(x) * self.fc(x).relu(), self.fc(x * 2)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_equal_calls_share_the_node_that_the_exporter_makes_of_them(
+    calibrated: Made, uniform: Made, target: str
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 6)
+    graph = trace(CalledTwice(), x)
+    made = convert(uniform(calibrated(graph, [x], target)), verify=[x])
+    assert [row.layer for row in made.layers] == ["fc", "fc#2", "fc#3"]
+    assert len({row.kernel for row in made.layers}) == 1
+    assert not any("not found" in row.reason for row in made.layers)
+    # The node that computes two layers has the first one's name.
+    assert isinstance(made.module, OnnxModel)
+    names = [node.name for node in made.module.executed.graph.node if "MatMul" in node.op_type]
+    assert sorted(names) == ["fc", "fc#3"]

@@ -7,11 +7,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from fxmpq.targets.onnxruntime.session import OnnxModel
-from fxmpq.targets.tensorrt.layout import (
-    dequantize_at_each_reader,
-    drop_redundant,
-    store_four_bits,
-)
+from fxmpq.targets.tensorrt.layout import dequantize_at_each_reader, store_four_bits
 
 
 def model_of(nodes: list[onnx.NodeProto], **stored: np.ndarray) -> ir.Model:
@@ -66,24 +62,3 @@ def test_each_reader_has_a_dequantization_of_its_own() -> None:
     assert {node.attribute[0].i for node in made} == {1}
     read = [name for node in proto.graph.node for name in node.input]
     assert all(read.count(node.output[0]) == 1 for node in made)
-
-
-def test_only_what_says_nothing_new_is_dropped() -> None:
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], axis=1, saturate=1),
-        helper.make_node("DequantizeLinear", ["q", "s"], ["r"], axis=0, block_size=0),
-        helper.make_node("Concat", ["r", "r"], ["y"], axis=1),
-    ]
-    proto = ir.to_proto(model_of(nodes, s=np.float32(0.5), z=np.int8(0)))
-    proto.graph.value_info.append(helper.make_tensor_value_info("r", TensorProto.FLOAT, [2, 3]))
-    proto.metadata_props.add(key="a", value="note")
-    proto.graph.input[0].metadata_props.add(key="another", value="note")
-    feed = [torch.randn(2, 3)]
-    (before,) = OnnxModel(proto.SerializeToString())(feed)
-    drop_redundant(proto)
-    assert b"note" not in proto.SerializeToString()
-    assert not proto.graph.value_info
-    attributes = [{e.name: e.i for e in node.attribute} for node in proto.graph.node]
-    assert attributes == [{}, {"axis": 0}, {"axis": 1}]
-    (after,) = OnnxModel(proto.SerializeToString())(feed)
-    assert torch.equal(after, before)
