@@ -18,6 +18,9 @@ from fxmpq.targets.target import Converted
 Feed = dict[str, NDArray[np.generic]]
 Run = Callable[[Batch], object]
 
+DEFAULT = "torch.compile, default"
+"""A float contestant that is no route to a quantized model."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -155,7 +158,7 @@ def converted_run(made: Converted) -> Run:
 
 
 def inductor_own(subject: Subject, made: Converted, folder: Path) -> dict[str, Run]:
-    """What torchao's X86InductorQuantizer, makes, compiled as fxmpq's plans are."""
+    """What torchao's X86InductorQuantizer makes, with its weights frozen; and float by default."""
     example = subject.calibration[0]
     axes = (0, 1) if subject.is_transformer else (0,)
     shapes = {name: dict.fromkeys(axes, torch.export.Dim.AUTO) for name in example}
@@ -173,7 +176,7 @@ def inductor_own(subject: Subject, made: Converted, folder: Path) -> dict[str, R
         is_transformer=subject.is_transformer,
     )
     module = torch.export.load(file).module(check_guards=False)
-    return {"torchao": compiled_run(module)}
+    return {"torchao": compiled_run(module), DEFAULT: default_run(Outputs(subject.model).eval())}
 
 
 class Outputs(nn.Module):
@@ -197,6 +200,17 @@ def compiled_run(module: nn.Module) -> Run:
 
     def run(batch: Batch) -> object:
         with torch.no_grad(), config.patch(freezing=True):
+            return compiled(batch)
+
+    return run
+
+
+def default_run(module: nn.Module) -> Run:
+    """Compile a float module without freezing its weights, which is the default, once a shape."""
+    compiled = torch.compile(module, dynamic=False)
+
+    def run(batch: Batch) -> object:
+        with torch.no_grad():
             return compiled(batch)
 
     return run

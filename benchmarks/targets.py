@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from _models import minilm_reviews, random_images, resnet18, resnet50
 from _peers import Batch
-from _runtimes import RUNTIMES, Run, Runtime, Subject
+from _runtimes import DEFAULT, RUNTIMES, Run, Runtime, Subject
 from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
@@ -177,7 +177,7 @@ def rows_of(
     found: Mapping[str, Contestant], times: Mapping[str, float]
 ) -> Iterator[tuple[str, ...]]:
     """The cells of each contestant: time, ratios, size and agreement."""
-    own = [times[name] for name in found if name not in (FLOAT, *OURS)]
+    own = [times[name] for name in found if name not in (FLOAT, DEFAULT, *OURS)]
     for name, entry in found.items():
         output, layer = entry.agreement_db or (None, None)
         over = "" if not (entry.size and entry.predicted) else entry.size / entry.predicted - 1

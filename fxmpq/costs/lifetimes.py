@@ -79,7 +79,7 @@ class Lifetimes:
         owners: Mapping[str, Group],
         rules: TargetRules,
     ) -> None:
-        self._stored = stored
+        self._stored, self._owners = stored, owners
         self._steps = {node: place for place, node in enumerate(graph.graph.nodes)}
         self._inner = self._fuse(graph)
         self._readers = {value: list(value.readers) for value in stored.made}
@@ -129,7 +129,7 @@ class Lifetimes:
     def _place_codes(self, codes: StoredValue, group: Group | None) -> None:
         """Decide where a quantizer's codes lie: in place of what it reads, or beside it."""
         source = None if codes.copied is None else self._root(codes.copied)
-        if group is None or source is None:
+        if group is None or source is None or self._is_once_more(codes, group):
             if source is not None:
                 self._merge(codes, source)
             return
@@ -139,6 +139,15 @@ class Lifetimes:
         else:
             self._owner[codes] = group
             self._copies.setdefault(source, []).append(codes)
+
+    def _is_once_more(self, codes: StoredValue, group: Group) -> bool:
+        """Whether codes are those of the quantizer before, since both have one width to choose."""
+        copied = codes.copied
+        before = None if copied is None else self._owners.get(str(copied.node.target))
+        if before is None:
+            return False
+        found = {entry.activation for owner in (before, group) for entry in owner.candidates}
+        return len({entry.bits for entry in found if entry and entry.dynamic is None}) == 1
 
     def _merge(self, codes: StoredValue, source: StoredValue) -> None:
         self._same[codes] = source

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import fx
 
-from fxmpq.errors import PrecisionError
+from fxmpq.errors import PrecisionError, TargetError
 from fxmpq.formats import NumberFormat, Precision
 from fxmpq.graph.asked_products import NO_PRODUCTS, ask_products
 from fxmpq.graph.attributes import get_tensor
@@ -70,6 +70,7 @@ def insert_quantizers(
         PrecisionError: If the target cannot run a candidate, a weight is not `float32`, there is
             nothing for products to take, or tensors of one range would each find their own.
         PatternError: If a pattern matches no layer, or a tie one layer only.
+        TargetError: If the target cannot run a layer whatever its precision.
     """
     state = require(graph, stage="traced")
     wanted = tuple(candidates) if candidates is not None else rules.default_candidates
@@ -80,6 +81,7 @@ def insert_quantizers(
     if products:
         asked = ask_products(prepared, rules, wanted, pins, exclude)
     found = find_layers(prepared)
+    _check_convolutions(found.layers, rules)
     fused = find_fusions(prepared, found.layers, rules.fusions)
     form = partial(
         form_groups, prepared, found.layers, rules, wanted, pins, exclude, read_ties(ties)
@@ -140,6 +142,20 @@ def _arrange(
         further += found
 
 
+def _check_convolutions(layers: Sequence[Layer], rules: TargetRules) -> None:
+    most = rules.convolved_dimensions
+    if most is None:
+        return
+    for layer in layers:
+        dimensions = len(layer.weight_shape) - 2
+        if layer.kind in ("conv", "conv_transpose") and dimensions > most:
+            raise TargetError(
+                f"layer {layer.name!r} is a convolution over {dimensions} dimensions; target "
+                f"{rules.name!r} runs those over {most} at most, in float too. Target "
+                "'onnxruntime' may run this model, and 'reference' does"
+            )
+
+
 def _check_dtypes(graph: fx.GraphModule, groups: Sequence[Group]) -> None:
     for group in groups:
         for layer in group.layers:
@@ -179,19 +195,22 @@ def _insert_activation_quantizers(
     """Insert a quantizer behind each site; returns the module names of each group's."""
     by_name = {group.name: group for group in groups}
     inserted: dict[str, list[str]] = {}
+    stored: dict[fx.Node, fx.Node] = {}
     for index, site in enumerate(sites):
         module_name = _activation_name(index)
         formats = _distinct(candidate.activation for candidate in by_name[site.group].candidates)
         name = f"{site.value.name} ({site.group})"
-        quantizer = ActivationQuantizer(name, formats, site.is_symmetric)
+        quantizer = ActivationQuantizer(name, formats, site.is_symmetric, site.is_output)
         graph.add_submodule(module_name, quantizer)
         readers = list(site.value.users) if site.readers is None else list(site.readers)
-        with graph.graph.inserting_after(site.value):
-            node = graph.graph.call_module(module_name, (site.value,))
+        source = stored.get(site.value, site.value)
+        with graph.graph.inserting_after(source):
+            node = graph.graph.call_module(module_name, (source,))
+        stored[site.value] = node
         node.meta["val"] = site.value.meta.get("val")
         node.meta["example_shape"] = site.value.meta.get("example_shape")
         for reader in readers:
-            reader.replace_input_with(site.value, node)
+            reader.replace_input_with(source, node)
         inserted.setdefault(site.group, []).append(module_name)
     return inserted
 

@@ -136,6 +136,11 @@ class TargetRules:
         default_candidates: Precisions tried when the user names none.
         quantize_outputs_of: Operators whose (fused) output the target stores quantized: kinds of
             layers, and `add` or `cat` where all that meets there is stored quantized itself.
+        stored_if_read: Of these, operators whose results are stored quantized only where a layer
+            reads them in codes.
+        own_outputs: Whether a layer's own precision decides whether its result is stored
+            quantized, whoever reads it, and ranges that are found at every run leave it float;
+            else that of the layer that reads it does, if one does.
         quantize_residuals_of: Kinds of layers that run fused with an `add` if what they add is
             stored quantized: there the `add`, and nobody else, reads its other operand so.
         fusions: Chains of operators that run as one, by name, as `("conv", "add", "relu")`: the
@@ -146,14 +151,17 @@ class TargetRules:
             `shared_input` wherever activations are quantized.
         shared_ranges: Operators, by name, whose stored tensors have one range: what meets in an
             `add`; of any other, as `cat` or `max_pool2d`, what it reads and what it returns.
-        through: Operators that commute with quantization; a quantizer moves up past them.
+        through: Operators that commute with quantization; a quantizer moves up past them, but for
+            one that finds ranges row by row.
         symmetric_inputs_of: Kinds of layers, and `add` or `cat`, that read integers as signed codes
             without zero points: what they read in codes is stored with the zero point
             `2^(bits - 1)`, whoever else reads it.
         unsigned_outputs_of: Operators, by name, whose results are never negative and are stored as
-            unsigned codes even so.
+            unsigned codes even so; but for second operands of products.
         product_through: Operators that a quantizer of a product's operand moves up past as well,
             where nothing else reads what they return.
+        convolved_dimensions: Over how many dimensions convolutions run at most, in float too; any
+            number if `None`.
 
     Raises:
         TargetError: If a rule names what there is not, or a join is missing.
@@ -171,6 +179,9 @@ class TargetRules:
     unsigned_outputs_of: frozenset[str] = frozenset()
     product_through: frozenset[object] = frozenset()
     quantize_residuals_of: frozenset[str] = frozenset()
+    stored_if_read: frozenset[str] = frozenset()
+    own_outputs: bool = False
+    convolved_dimensions: int | None = None
 
     def __post_init__(self) -> None:
         """Check the names."""
@@ -195,6 +206,11 @@ class TargetRules:
         self._check_operators("has unsigned outputs of", sorted(self.unsigned_outputs_of))
         self._check_kinds("has symmetric inputs of", self.symmetric_inputs_of, MEETINGS)
         self._check_kinds("quantizes residuals of", self.quantize_residuals_of)
+        for name in sorted(self.stored_if_read - self.quantize_outputs_of):
+            raise TargetError(
+                f"target {self.name!r} stores what {name!r} returns if it is read so, but does not "
+                "quantize its outputs"
+            )
 
     def _check_operators(self, does: str, names: Sequence[str]) -> None:
         for name in names:

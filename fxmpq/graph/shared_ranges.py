@@ -50,7 +50,10 @@ def find_shared_ranges(
     Returns:
         Classes of two sites or more, in order.
     """
-    place = {site.value: index for index, site in enumerate(sites)}
+    place: dict[fx.Node, int] = {}
+    for index, site in enumerate(sites):
+        # Of two sites of a tensor the first one is what is stored.
+        place.setdefault(site.value, index)
     fused = {name for fusion in fusions for name in fusion.nodes[1:]}
     pairs: list[tuple[int, int]] = []
     missed: list[Missed] = []

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from fxmpq.formats import NumberFormat
+from fxmpq.granularity import Dynamic
 from fxmpq.graph.findings import Fusion, Join
 from fxmpq.graph.operators import OPERATORS, argument
 from fxmpq.graph.products import PRODUCT, product_operands
@@ -24,12 +26,15 @@ class Site:
         group: Name of the group whose precision decides its format.
         readers: The nodes that read the quantized tensor; `None` means all of them.
         is_symmetric: Whether its integers are signed codes without a zero point for one of them.
+        is_output: Whether it is what a layer returns, stored as the layer's own precision says:
+            in float where that finds ranges at every run.
     """
 
     value: fx.Node
     group: str
     readers: set[fx.Node] | None = field(default_factory=set)
     is_symmetric: bool = False
+    is_output: bool = False
 
 
 def find_sites(
@@ -41,8 +46,10 @@ def find_sites(
     layers only; so are both operands of a quantized product. Where the rules say so, so are the
     fused output of a layer and the sum of quantized tensors; these are stored quantized, so
     every reader sees them so, and they are owned by the group that reads them, or else by the
-    one that computes them. What a layer's fused `add` adds to its result is a site that this
-    `add` reads, owned by the layer's group if by no other.
+    one that computes them. If a layer's own precision decides (`TargetRules.own_outputs`), and the
+    group that reads its result may be without a calibrated range, there are two: what the layer
+    stores, read by all, and behind it what the group reads. What a layer's fused `add` adds to its
+    result is a site that this `add` reads, owned by the layer's group if by no other.
 
     Args:
         graph: A canonical graph.
@@ -51,22 +58,23 @@ def find_sites(
         fusions: What it runs as one; only the last result of each is stored.
 
     Returns:
-        One site a tensor.
+        One site a tensor, or two, in the order in which they follow each other.
     """
     sites: dict[fx.Node, Site] = {}
     quantizing = _quantizing(groups)
     for node in graph.graph.nodes:
         for source in _read_in_codes(node) if node.name in quantizing else ():
-            value, reader = stored_source(source, node, rules)
+            value, reader = _stored_operand(source, node, quantizing[node.name], rules)
             site = sites.setdefault(value, Site(value, quantizing[node.name].name))
             assert site.readers is not None
             site.readers.add(reader)
-    _store_outputs(graph, quantizing, rules, fusions, sites)
+    outputs = _store_outputs(graph, groups, rules, fusions, sites)
     _store_residuals(graph, quantizing, rules, fusions, sites)
-    for site in sites.values():
+    found = [*outputs, *sites.values()]
+    for site in found:
         site.is_symmetric = _is_symmetric(site, rules)
     order = {node: position for position, node in enumerate(graph.graph.nodes)}
-    return sorted(sites.values(), key=lambda site: order[site.value])
+    return sorted(found, key=lambda site: order[site.value])
 
 
 def joins_for_sites(
@@ -90,7 +98,7 @@ def joins_for_sites(
     joins: dict[Join, None] = {}
     for node in graph.graph.nodes:
         for source in _read_in_codes(node) if node.name in quantizing else ():
-            value, _ = stored_source(source, node, rules)
+            value, _ = _stored_operand(source, node, quantizing[node.name], rules)
             other = first.setdefault(value, node.name)
             found = [quantizing[other], quantizing[node.name]]
             formats = {candidate.activation for group in found for candidate in group.candidates}
@@ -119,6 +127,18 @@ def _read_in_codes(node: fx.Node) -> tuple[fx.Node, ...]:
     return (source,) if operator.quantizes_input else ()
 
 
+def _stored_operand(
+    source: fx.Node, reader: fx.Node, group: Group, rules: TargetRules
+) -> tuple[fx.Node, fx.Node]:
+    """What is stored of an operand of a group's layer, and who reads that.
+
+    The rows in which ranges are found at every run are the operand's own.
+    """
+    if any(found is not None and found.dynamic is Dynamic.ROW for found in _activations(group)):
+        return source, reader
+    return stored_source(source, reader, rules)
+
+
 def stored_source(source: fx.Node, reader: fx.Node, rules: TargetRules) -> tuple[fx.Node, fx.Node]:
     """Walk up past operators that commute with quantization, and more of them for a product.
 
@@ -139,13 +159,14 @@ def stored_source(source: fx.Node, reader: fx.Node, rules: TargetRules) -> tuple
 
 def _is_symmetric(site: Site, rules: TargetRules) -> bool:
     """Whether a reader that computes on codes, maybe behind others, asks for signed ones."""
-    if operator_name(site.value) in rules.unsigned_outputs_of:
-        return False
+    is_unsigned = operator_name(site.value) in rules.unsigned_outputs_of
     pending = [(site.value, reader) for reader in site.readers or site.value.users]
     while pending:
         value, reader = pending.pop()
         if reader.target in rules.through | rules.product_through:
             pending += [(reader, further) for further in reader.users]
+        elif is_unsigned and product_operands(reader)[1:] != (value,):
+            continue
         elif _asks_for_symmetric(value, reader, rules):
             return True
     return False
@@ -161,31 +182,67 @@ def _asks_for_symmetric(value: fx.Node, reader: fx.Node, rules: TargetRules) -> 
 
 def _store_outputs(
     graph: fx.GraphModule,
-    quantizing: dict[str, Group],
+    groups: Sequence[Group],
     rules: TargetRules,
     fusions: Sequence[Fusion],
     sites: dict[fx.Node, Site],
-) -> None:
-    """Add the outputs that the target stores quantized; what meets in them is read in codes."""
+) -> list[Site]:
+    """Add the outputs that the target stores quantized; what meets in them is read in codes.
+
+    Returns:
+        Those that lie before the site of who reads them.
+    """
     nodes = {node.name: node for node in graph.graph.nodes}
     fused = {fusion.nodes[0]: [nodes[name] for name in fusion.nodes] for fusion in fusions}
     inner = {name for fusion in fusions for name in fusion.nodes[1:]}
+    by_name, quantizing = {group.name: group for group in groups}, _quantizing(groups)
     computed_by: dict[fx.Node, str] = {}
     on_codes: list[fx.Node] = []
+    own: dict[fx.Node, Site] = {}
     for node in nodes.values():
         owner = _stored_output_owner(node, quantizing, computed_by, sites, rules)
         if owner is None or node.name in inner:
             continue
         members = fused.get(node.name, [node])
         output = members[-1]
+        read = sites.get(output)
+        if read is None and operator_name(node) in rules.stored_if_read:
+            continue
         computed_by[output] = owner
-        sites.setdefault(output, Site(output, owner)).readers = None
+        if read is not None and rules.own_outputs and _differs(by_name[owner], by_name[read.group]):
+            own[output] = Site(output, owner, None, is_output=True)
+        else:
+            site = sites.setdefault(output, Site(output, owner, is_output=rules.own_outputs))
+            site.readers = None
         on_codes += members
     for node in on_codes:
         for operand in met_tensors(node) if operator_name(node) in MEETINGS else ():
-            site = sites.get(operand)
-            if site is not None and site.readers is not None:
-                site.readers.add(node)
+            met = sites.get(operand)
+            if met is None or met.readers is None or operand in own:
+                continue
+            if not (rules.own_outputs and _finds_ranges(by_name[met.group])):
+                met.readers.add(node)
+    return list(own.values())
+
+
+def _differs(computing: Group, reading: Group) -> bool:
+    """Whether what a group computes may be stored in codes where what the other reads is not so."""
+    if computing is reading:
+        return _finds_ranges(reading)
+    return not all(found is not None and found.dynamic is None for found in _activations(reading))
+
+
+def _finds_ranges(group: Group) -> bool:
+    """Whether its layers may find ranges at every run, of which sums know nothing."""
+    return any(found is not None and found.dynamic is not None for found in _activations(group))
+
+
+def _activations(group: Group) -> list[NumberFormat | None]:
+    return [candidate.activation for candidate in group.candidates]
+
+
+def _has_calibrated_range(group: Group) -> bool:
+    return any(found is not None and found.dynamic is None for found in _activations(group))
 
 
 def _store_residuals(
@@ -227,7 +284,10 @@ def _stored_output_owner(
     if name not in rules.quantize_outputs_of:
         return None
     if name not in MEETINGS:
-        return quantizing[node.name].name if node.name in quantizing else None
+        group = quantizing.get(node.name)
+        if group is None or (rules.own_outputs and not _has_calibrated_range(group)):
+            return None
+        return group.name
     operands = met_tensors(node)
     if len(operands) < 2 or not all(operand in sites for operand in operands):
         return None

@@ -26,24 +26,37 @@ class ActivationQuantizer(nn.Module):
         is_symmetric: Whether ranges have the zero point `2^(bits - 1)`, the middle of the codes,
             as hardware wants that computes on signed codes without zero points. Of float formats
             it is 0 either way.
+        is_output: Whether it stores what a layer returns, which a dynamic format, one of the
+            layer's input, leaves as it is.
     """
 
     def __init__(
-        self, name: str, formats: Sequence[NumberFormat], is_symmetric: bool = False
+        self,
+        name: str,
+        formats: Sequence[NumberFormat],
+        is_symmetric: bool = False,
+        is_output: bool = False,
     ) -> None:
         super().__init__()
         self.name = name
         self.formats = tuple(formats)
         self.is_symmetric = is_symmetric
+        self.is_output = is_output
         self.ranges: dict[str, ActivationRange] = {}
         self.active: NumberFormat | None = None
 
     def activate(self, number_format: NumberFormat | None) -> None:
-        """Quantize to this format from now on; `None` switches off."""
-        self.active = number_format
+        """Quantize to this format from now on; `None`, or what it leaves alone, switches off."""
+        self.active = None if self.leaves_alone(number_format) else number_format
+
+    def leaves_alone(self, number_format: NumberFormat | None) -> bool:
+        """Whether a format changes nothing here."""
+        return number_format is None or (self.is_output and number_format.dynamic is not None)
 
     def quantize(self, x: Tensor, number_format: NumberFormat) -> Tensor:
         """Fake-quantize `x` (any shape) to a format: a dynamic or a calibrated one."""
+        if self.leaves_alone(number_format):
+            return x
         if number_format.dynamic is not None:
             return fake_quantize_dynamic(x, number_format, is_symmetric=self.is_symmetric)
         found = self.ranges[number_format.name]

@@ -44,9 +44,9 @@ _KINDS: Mapping[str, _Kind] = {
     for kind in (
         _Kind(
             ActivationQuantizer,
-            {"name": str, "formats": _FORMATS, "is_symmetric": bool},
+            {"name": str, "formats": _FORMATS, "is_symmetric": bool, "is_output": bool},
             {"ranges": dict[str, ActivationRange], "active": _ACTIVE},
-            {"is_symmetric": False},
+            {"is_symmetric": False, "is_output": False},
         ),
         _Kind(
             WeightQuantizer, {"name": str, "formats": _FORMATS, "axis": int}, {"active": _ACTIVE}

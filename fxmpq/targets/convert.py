@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from fxmpq.errors import PlanError, TargetError
 from fxmpq.graph.batches import Batch, materialize
 from fxmpq.graph.run import run_batch
-from fxmpq.graph.state import require
+from fxmpq.graph.state import require, require_groups
 from fxmpq.targets.divergence import REQUIRED_AGREEMENT_DB, check_layers
 from fxmpq.targets.registry import TARGETS, get_target
 from fxmpq.targets.target import Converted, Target, agreement_db
@@ -48,6 +48,7 @@ def convert(
 
     Raises:
         PlanError: If the graph has no chosen precisions yet.
+        FxmpqError: If it has nothing to quantize.
         TargetError: If the target is another, misses a package, or disagrees with the
             simulation by more than rounding, naming the layer that diverges first.
 
@@ -61,7 +62,7 @@ def convert(
         >>> made.sqnr_db, made.layers[0].asked
         (inf, 'w4a8')
     """
-    state = require(graph, stage="calibrated")
+    state = require_groups(graph, stage="calibrated")
     assert state.target is not None
     if target is None and state.target not in TARGETS:
         raise TargetError(

@@ -6,62 +6,34 @@ moves the quantization into them. The graph runs in PyTorch, so it can be checke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
 
-from fxmpq.formats import NumberFormat, Precision, Scheme
-from fxmpq.granularity import PerBlock, PerTensor
+from fxmpq.errors import TargetError
+from fxmpq.formats import NumberFormat, Precision
+from fxmpq.granularity import Dynamic, PerBlock, PerTensor
 from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.operators import OPERATORS, argument
 from fxmpq.graph.state import Layer, state_of
-from fxmpq.quantizers.integer import fake_quantize_activation
 from fxmpq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 from fxmpq.quantizers.scales import scale_rows, spread_scale
+
+# Defines the operators `fxmpq::*` of this form.
+from fxmpq.targets import qdq_operators  # noqa: F401
 from fxmpq.targets.lowering import finish, lower, quantizer_of, store_tensor
 from fxmpq.targets.outcome import layer_precision
 
 aten = torch.ops.aten
 
 
-@torch.library.custom_op("fxmpq::fake_quantize", mutates_args=())
-def fake_quantize(x: Tensor, scale: float, zero_point: int, bits: int, index: int) -> Tensor:
-    """Round to an affine grid of `2^bits` codes and return to real numbers."""
-    return fake_quantize_activation(x, scale, zero_point, NumberFormat(bits, Scheme.AFFINE))
-
-
-@fake_quantize.register_fake
-def _(x: Tensor, scale: float, zero_point: int, bits: int, index: int) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("fxmpq::widened_codes", mutates_args=())
-def widened_codes(codes: Tensor, bits: int, index: int) -> Tensor:
-    """Codes stored in `bits` bits, for a runtime that widens them to `int8` as it loads them."""
-    return codes.clone()
-
-
-@widened_codes.register_fake
-def _(codes: Tensor, bits: int, index: int) -> Tensor:
-    return torch.empty_like(codes)
-
-
-@torch.library.custom_op("fxmpq::stored_numbers", mutates_args=())
-def stored_numbers(codes: Tensor, bits: int, index: int) -> Tensor:
-    """Codes stored in `bits` bits, for a runtime that reads them so, as `float32`."""
-    return codes.float()
-
-
-@stored_numbers.register_fake
-def _(codes: Tensor, bits: int, index: int) -> Tensor:
-    return torch.empty_like(codes, dtype=torch.float32)
-
-
 def to_qdq(graph: fx.GraphModule, narrow: frozenset[int] = frozenset()) -> fx.GraphModule:
     """Replace a planned graph's quantizers by operators of this form.
 
-    An activation quantizer becomes `fake_quantize`; a weight becomes `widened_codes`, a cast to
+    An activation quantizer becomes `fake_quantize`, or `fake_quantize_rows` where it finds a range
+    for each row at every run; a weight becomes `widened_codes`, a cast to
     `float32` and a product with its scales; an embedding looks up codes and scales and multiplies
     those. The operators carry an index: a quantizer's among `active_quantizers(graph)`, a
     layer's among `layers_of(graph)`.
@@ -73,6 +45,9 @@ def to_qdq(graph: fx.GraphModule, narrow: frozenset[int] = frozenset()) -> fx.Gr
 
     Returns:
         A graph without modules; weight codes are `int8` buffers.
+
+    Raises:
+        TargetError: If a range that is found at every run is of a whole tensor, or symmetric.
     """
 
     def store(
@@ -134,14 +109,23 @@ def rewrite_quantizers(
 def _round(
     graph: fx.GraphModule, node: fx.Node, quantizer: ActivationQuantizer, index: int
 ) -> None:
-    """Replace a quantizer by `fake_quantize`."""
-    assert quantizer.active is not None
-    found = quantizer.ranges[quantizer.active.name]
-    grid = (found.scale, found.zero_point, quantizer.active.bits, index)
-    with graph.graph.inserting_before(node):
-        rounded = graph.graph.call_function(
-            torch.ops.fxmpq.fake_quantize.default, (node.args[0], *grid)
+    """Replace a quantizer by `fake_quantize` or `fake_quantize_rows`."""
+    active = quantizer.active
+    assert active is not None
+    operator = torch.ops.fxmpq.fake_quantize_rows.default
+    grid: tuple[float, ...] = (active.bits, index)
+    if active.dynamic is None:
+        found = quantizer.ranges[active.name]
+        operator = torch.ops.fxmpq.fake_quantize.default
+        grid = (found.scale, found.zero_point, *grid)
+    elif active.dynamic is not Dynamic.ROW or quantizer.is_symmetric:
+        raise TargetError(
+            f"{quantizer.name} finds a range at every run that is "
+            f"{'symmetric' if quantizer.is_symmetric else 'of the whole tensor'}; this target "
+            "finds those of rows (as in 'w8a8dt'), with zero points"
         )
+    with graph.graph.inserting_before(node):
+        rounded = graph.graph.call_function(operator, (node.args[0], *grid))
     put_instead(graph, node, rounded)
 
 
@@ -220,14 +204,24 @@ def _store_weight(
             real = graph.graph.call_function(numbers, (stored, found.bits, index))
         real = graph.graph.call_function(aten.mul.Tensor, (real, scales))
         if is_blocked:
-            # Blocks are cut along all that lies behind the channels, the last one filled up.
-            real = graph.graph.call_function(aten.reshape.default, (real, [len(codes), -1]))
-            values = shape[1:].numel()
-            if codes[0].numel() != values:
-                real = graph.graph.call_function(aten.slice.Tensor, (real, 1, 0, values))
-            if len(shape) > 2:
-                real = graph.graph.call_function(aten.reshape.default, (real, list(shape)))
+            real = _without_blocks(graph, real, codes, shape, quantizer.axis)
     node.update_arg(OPERATORS[node.target].weight, real)
+
+
+def _without_blocks(
+    graph: fx.GraphModule, blocks: fx.Node, codes: Tensor, shape: torch.Size, axis: int
+) -> fx.Node:
+    """Bring `[channels, blocks, values]` into a weight's shape, as `scale_rows` came from it."""
+    moved = list(shape)
+    moved[0], moved[axis] = moved[axis], moved[0]
+    values = math.prod(moved[1:])
+    call = graph.graph.call_function
+    real = call(aten.reshape.default, (blocks, [len(codes), -1]))
+    if codes[0].numel() != values:
+        real = call(aten.slice.Tensor, (real, 1, 0, values))
+    if len(moved) > 2:
+        real = call(aten.reshape.default, (real, moved))
+    return real if axis == 0 else call(aten.transpose.int, (real, 0, axis))
 
 
 def _look_up(graph: fx.GraphModule, node: fx.Node, quantizer: WeightQuantizer, index: int) -> None:

@@ -21,6 +21,7 @@ from fxmpq.graph.rules import OperatorRule, TargetRules
 from fxmpq.graph.state import state_of
 from fxmpq.graph.trace import trace
 from fxmpq.recipes.models.resnet20 import ResNet20
+from fxmpq.targets.executorch import EXECUTORCH
 from fxmpq.targets.onnxruntime import ONNXRUNTIME
 
 aten = torch.ops.aten
@@ -147,6 +148,24 @@ def test_a_chain_of_layers_takes_the_most_that_one_reads_and_writes() -> None:
         choices = {name: f"w8a{bits}" for name, bits in zip(groups, widths, strict=True)}
         assert peak(found, choices) == max(map(sum, itertools.pairwise(stored)))
     assert found.float_total == 4 * (90 + 30)
+
+
+@pytest.mark.parametrize("further", ["fp32", "w8a8dt"])
+def test_codes_that_are_read_as_they_are_stored_are_there_once(further: str) -> None:
+    traced = trace(nn.Sequential(nn.Linear(4, 50), nn.Linear(50, 60)), torch.ones(2, 4))
+    alone, beside = (
+        activation_memory(
+            insert_quantizers(
+                traced, EXECUTORCH.rules, candidates=[Precision.parse(name) for name in names]
+            ),
+            EXECUTORCH.rules,
+        )
+        for names in (["w8a8"], ["w8a8", further])
+    )
+    for found in (alone, beside):
+        assert peak(found, {"0": "w8a8", "1": "w8a8"}) == 110
+    assert peak(beside, {"0": further, "1": further}) == 4 * 110
+    assert peak(beside, {"0": "w8a8", "1": further}) == 50 + 4 * 60
 
 
 def test_it_is_an_upper_bound_where_codes_are_quantized_once_more(most_held: Held) -> None:

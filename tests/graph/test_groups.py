@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,38 +9,14 @@ from torch import Tensor, fx, nn
 from fxmpq.errors import PatternError, PrecisionError
 from fxmpq.formats import Precision
 from fxmpq.granularity import PerBlock, PerChannel
-from fxmpq.graph.asked_products import AskedProducts
-from fxmpq.graph.findings import Missed
 from fxmpq.graph.groups import form_groups
 from fxmpq.graph.layers import find_layers
-from fxmpq.graph.products import find_products
 from fxmpq.graph.rules import OperatorRule, TargetRules
-from fxmpq.graph.state import Group
 from fxmpq.graph.trace import trace
 from fxmpq.targets.onnxruntime import ONNXRUNTIME
 from fxmpq.targets.reference import REFERENCE
 
-W4A8, W8A8 = Precision(4, 8), Precision(8, 8)
-
-
-def groups_of(
-    graph: fx.GraphModule,
-    candidates: Sequence[Precision] = (W4A8, W8A8),
-    keep: Mapping[str, Precision] | None = None,
-    exclude: Sequence[str] = (),
-    ties: Sequence[Sequence[str]] = (),
-    rules: TargetRules = REFERENCE.rules,
-) -> dict[str, Group]:
-    layers = find_layers(graph).layers
-    groups = form_groups(graph, layers, rules, candidates, keep or {}, exclude, ties).groups
-    assert sorted(layer.name for group in groups for layer in group.layers) == sorted(
-        layer.name for layer in layers
-    )
-    return {group.name: group for group in groups}
-
-
-def members(groups: Mapping[str, Group]) -> dict[str, list[str]]:
-    return {name: [layer.name for layer in group.layers] for name, group in groups.items()}
+from .conftest import W4A8, W8A8, groups_of, members
 
 
 def test_a_downsample_shares_its_input_with_the_blocks_first(conv_graph: fx.GraphModule) -> None:
@@ -245,68 +220,6 @@ def test_a_target_of_weights_alone_may_leave_shared_inputs_apart(
     assert all(len(group.layers) == 1 for group in groups.values())
 
 
-BLOCKS = [Precision.parse(name) for name in ("w2b32", "w4b32", "w8b32")]
-ATTENTION = [f"bert.encoder.layer.0.attention.self.{name}" for name in ("query", "key", "value")]
-
-
-@pytest.mark.parametrize("rules", [REFERENCE.rules, ONNXRUNTIME.rules], ids=lambda r: r.name)
-def test_weight_only_candidates_leave_layers_of_one_input_apart(
-    bert_graph: fx.GraphModule, rules: TargetRules
-) -> None:
-    layers = find_layers(bert_graph).layers
-    found = form_groups(bert_graph, layers, rules, [*BLOCKS, Precision()], {}, ())
-    assert all(len(group.layers) == 1 for group in found.groups)
-    assert found.joins == ()
-    query, key, value = ATTENTION
-    reason = f"it reads the input of {query}, but every candidate is weight-only"
-    assert [entry for entry in found.missed if entry.place in ATTENTION] == [
-        Missed("shared_input", key, reason),
-        Missed("shared_input", value, reason),
-    ]
-
-
-def test_weight_only_pins_of_layers_of_one_input_may_differ(bert_graph: fx.GraphModule) -> None:
-    # No layer is left to the candidates, which have 8-bit activations.
-    groups = groups_of(bert_graph, [W8A8], {"*": BLOCKS[0], "*key": BLOCKS[2]})
-    query, key, value = ATTENTION
-    assert groups[key].candidates == (BLOCKS[2],)
-    assert groups[query].candidates == groups[value].candidates == (BLOCKS[0],)
-
-
-def test_weight_only_pins_among_activation_candidates_still_join(
-    bert_graph: fx.GraphModule,
-) -> None:
-    groups = groups_of(bert_graph, [W4A8, W8A8], {"*key": BLOCKS[1]})
-    assert [layer.name for layer in groups[ATTENTION[0]].layers] == ATTENTION
-    assert groups[ATTENTION[0]].candidates == (BLOCKS[1],)
-    with pytest.raises(PrecisionError, match="key reads the input of .*query"):
-        groups_of(bert_graph, [W8A8], {"*query": BLOCKS[0], "*key": BLOCKS[1]})
-
-
-def test_one_layer_with_quantized_activations_keeps_all_joins(bert_graph: fx.GraphModule) -> None:
-    groups = groups_of(bert_graph, BLOCKS, {"classifier": W8A8})
-    assert [layer.name for layer in groups[ATTENTION[0]].layers] == ATTENTION
-
-
-def test_a_pin_of_a_table_may_bring_activations_to_the_layer_of_its_weight() -> None:
-    class Heads(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table, self.other = nn.Embedding(6, 4), nn.Linear(4, 2)
-            self.head = nn.Linear(4, 6, bias=False)
-            self.head.weight = self.table.weight
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            hidden = self.table(x).tanh()
-            return self.head(hidden), self.other(hidden)
-
-    graph = trace(Heads(), torch.zeros(2, 3, dtype=torch.long))
-    groups = groups_of(graph, [Precision(4)], {"table": W8A8})
-    (group,) = groups.values()
-    assert len(group.layers) == 3
-    assert group.candidates == (W8A8,)
-
-
 def test_a_grouping_tells_its_joins_and_what_did_not_join(
     bert_graph: fx.GraphModule, chip_rules: TargetRules
 ) -> None:
@@ -315,70 +228,6 @@ def test_a_grouping_tells_its_joins_and_what_did_not_join(
     assert {join.rule for join in found.joins} == {"shared_input", "tied"}
     assert {entry.rule for entry in found.missed} == {"added"}
     assert all("layer_norm" in entry.reason for entry in found.missed)
-
-
-class Meets(nn.Module):
-    """A product that reads what a linear layer reads, and one on what that layer computes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc(x)
-        return torch.bmm(x @ x.transpose(1, 2), hidden)
-
-
-def product_groups(
-    candidates: Sequence[Precision],
-    keep: Mapping[str, Precision] | None = None,
-    exclude: Sequence[str] = (),
-    ties: Sequence[Sequence[str]] = (),
-) -> dict[str, Group]:
-    graph = trace(Meets(), torch.randn(2, 3, 4))
-    asked = AskedProducts(find_products(graph), ("fused",))
-    layers, rules = find_layers(graph).layers, REFERENCE.rules
-    found = form_groups(
-        graph, layers, rules, candidates, keep or {}, exclude, ties, asked=asked
-    ).groups
-    return {group.name: group for group in found}
-
-
-def test_a_product_joins_what_reads_its_operand_and_follows_its_activations() -> None:
-    groups = product_groups([Precision(4), W4A8, W8A8])
-    assert list(groups) == ["fc", "bmm"]
-    assert [member.name for member in groups["fc"].members] == ["fc", "matmul"]
-    # Weights alone leave nothing for the product to be at.
-    assert groups["fc"].candidates == (W4A8, W8A8)
-    assert groups["bmm"].candidates == (Precision(None, 8),)
-    assert (groups["bmm"].layers, groups["bmm"].members) == ((), groups["bmm"].products)
-
-
-def test_products_alone_may_have_widths_of_their_own() -> None:
-    groups = product_groups([W8A8, Precision(None, 4), Precision(None, 16), Precision()])
-    assert groups["fc"].candidates == (W8A8, Precision())
-    names = [str(candidate) for candidate in groups["bmm"].candidates]
-    assert names == ["a4", "a8", "a16", "fp32"]
-
-
-def test_patterns_match_products_and_those_of_fused_attention() -> None:
-    groups = product_groups([W8A8], keep={"bmm": Precision(4, 4)}, exclude=["fused"])
-    assert groups["bmm"].candidates == (Precision(None, 4),)
-    groups = product_groups([W8A8], exclude=["matmul"])
-    assert groups["matmul"].candidates == (Precision(),)
-    assert [member.name for member in groups["fc"].members] == ["fc"]
-    with pytest.raises(PatternError, match="no layer matches 'bmn'; .* 'bmm'"):
-        product_groups([W8A8], exclude=["bmn"])
-
-
-def test_a_tie_joins_layers_and_products() -> None:
-    groups = product_groups([W4A8, W8A8], ties=[("fc", "bmm", "fused")])
-    assert [member.name for member in groups["fc"].members] == ["fc", "matmul", "bmm"]
-
-
-def test_a_product_that_nothing_fits_is_an_error() -> None:
-    with pytest.raises(PrecisionError, match=r"among w4, w8 runs on layer 'bmm' \(matmul\)"):
-        product_groups([Precision(4), Precision(8)], exclude=["matmul"])
 
 
 def test_weights_that_are_no_whole_blocks_have_the_other_candidates() -> None:

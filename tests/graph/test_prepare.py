@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from fxmpq.errors import FxmpqError, PatternError, PrecisionError
+from fxmpq.calibration.calibrate import calibrate
+from fxmpq.errors import FxmpqError, PatternError, PrecisionError, TargetError
 from fxmpq.formats import NumberFormat, Precision
 from fxmpq.graph.findings import Join
 from fxmpq.graph.prepare import insert_quantizers
@@ -18,12 +19,10 @@ from fxmpq.graph.state import require, state_of
 from fxmpq.graph.switch import with_choices
 from fxmpq.graph.trace import trace
 from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
-from fxmpq.sensitivity.measure import measure
-from fxmpq.solver.solve import solve
-from fxmpq.steps import cost
+from fxmpq.targets.executorch import EXECUTORCH
 from fxmpq.targets.onnxruntime import ONNXRUNTIME
 from fxmpq.targets.reference import REFERENCE
-from fxmpq.targets.target import Target, agreement_db
+from fxmpq.targets.target import Target
 
 Planned = Callable[..., fx.GraphModule]
 TARGETS = pytest.mark.parametrize("target", [REFERENCE, ONNXRUNTIME], ids=lambda t: t.name)
@@ -103,6 +102,17 @@ def test_what_stays_float_has_a_reason(bert_graph: fx.GraphModule) -> None:
     )
     reasons = {e.name: e.reason for e in state_of(insert_quantizers(bert_graph, rules)).left_float}
     assert reasons["bert.embeddings.word_embeddings"] == "target 'chip' has no quantized embedding"
+
+
+@pytest.mark.parametrize("layer", [nn.Conv3d(2, 3, 2), nn.ConvTranspose3d(2, 3, 2)])
+def test_convolutions_over_more_dimensions_than_run_are_refused(layer: nn.Module) -> None:
+    graph = trace(nn.Sequential(layer), torch.ones(2, 2, 3, 3, 3))
+    assert state_of(insert_quantizers(graph, REFERENCE.rules)).groups
+    rules = replace(REFERENCE.rules, convolved_dimensions=2)
+    with pytest.raises(TargetError, match="'0' is a convolution over 3 dimensions; .* 2 at most"):
+        insert_quantizers(graph, rules)
+    flat = trace(nn.Sequential(nn.Conv2d(2, 3, 2)), torch.ones(2, 2, 3, 3))
+    assert state_of(insert_quantizers(flat, rules)).groups
 
 
 def test_unusable_requests_are_errors(conv_graph: fx.GraphModule) -> None:
@@ -199,99 +209,49 @@ def test_a_chip_that_ties_what_it_adds_computes_the_same_while_off(
     }
 
 
-@TARGETS
-def test_products_of_attention_agree_to_rounding_with_every_quantizer_off(
-    target: Target, bert_graph: fx.GraphModule, token_batches: list[dict[str, Tensor]]
-) -> None:
-    prepared = insert_quantizers(bert_graph, target.rules, products=True)
-    groups = [group for group in require(prepared, stage="prepared").groups if group.products]
-    assert len(groups) == 4
-    for group in groups:
-        assert [str(candidate) for candidate in group.candidates] == ["a8"]
-        assert len(group.activation_quantizers) == 2
-    for batch in token_batches:
-        expected, found = run_batch(bert_graph, batch), run_batch(prepared, batch)
-        assert agreement_db(expected, found) >= 100
-    assert state_of(prepared).left_float == ()
-
-
-def test_without_products_fused_attention_stays(bert_graph: fx.GraphModule) -> None:
-    names = [
-        [(node.name, node.target) for node in graph.graph.nodes]
-        for graph in (
-            insert_quantizers(bert_graph, REFERENCE.rules),
-            insert_quantizers(bert_graph, REFERENCE.rules, products=False),
-        )
-    ]
-    assert names[0] == names[1]
-    fused = torch.ops.aten.scaled_dot_product_attention.default
-    assert [target for _, target in names[0]].count(fused) == 2
-    with pytest.raises(PrecisionError, match="a8 is of products"):
-        insert_quantizers(bert_graph, REFERENCE.rules, candidates=[Precision(None, 8)])
-
-
-def test_products_that_the_user_leaves_out_say_so(bert_graph: fx.GraphModule) -> None:
-    prepared = insert_quantizers(
-        bert_graph, REFERENCE.rules, exclude=["*.layer.1.*.scores"], products=True
-    )
-    state = state_of(prepared)
-    name = "bert.encoder.layer.1.attention.self.scores"
-    assert [(entry.name, entry.reason) for entry in state.left_float] == [
-        (name, "kept in float by the user")
-    ]
-    assert state.group(name).candidates == (Precision(),)
-
-
-class ReadsTwice(nn.Module):
-    """A tensor that one convolution reads, and another one through pooling."""
+class Pair(nn.Module):
+    """A layer whose result another one and a sum read."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.near, self.far = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 3, 1)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = functional.max_pool2d(x, 2)
-        return self.near(x).mean((2, 3)) + self.far(pooled).mean((2, 3))
+        y = self.first(x)
+        return self.second(y) + y
 
 
 @pytest.mark.parametrize(
-    ("widths", "groups", "joins"),
+    ("choices", "stored", "read"),
     [
-        # With one format there is nothing to agree on.
-        ((8,), [["near"], ["far"]], ()),
-        ((4, 8), [["near", "far"]], (Join("shared_input", "far", "near"),)),
+        (("w8a8", "fp32"), "uint8", None),
+        (("w8a8", "w8a8dt"), "uint8", "uint8dt"),
+        (("w8a8", "w8a8"), "uint8", "uint8"),
+        (("w8a8dt", "w8a8"), None, "uint8"),
+        (("w8a8dt", "w8a8dt"), None, "uint8dt"),
+        (("fp32", "fp32"), None, None),
     ],
 )
-def test_layers_that_read_one_site_share_its_format(
-    chip_rules: TargetRules,
-    widths: tuple[int, ...],
-    groups: list[list[str]],
-    joins: tuple[Join, ...],
+def test_a_layer_decides_how_its_own_result_is_stored(
+    choices: tuple[str, str],
+    stored: str | None,
+    read: str | None,
 ) -> None:
-    graph = trace(ReadsTwice().eval(), torch.randn(2, 2, 4, 4))
-    through = frozenset({torch.ops.aten.max_pool2d.default})
-    rules = replace(chip_rules, joins=("shared_weight", "shared_input"), through=through)
-    candidates = [Precision(4, width) for width in widths]
-    prepared = insert_quantizers(graph, rules, candidates=candidates)
-    state = state_of(prepared)
-    assert [[layer.name for layer in group.layers] for group in state.groups] == groups
-    assert state.joins == joins
-    (quantizer,) = next(iter(prepared.graph.find_nodes(op="placeholder"))).users
-    assert {str(reader.target) for reader in quantizer.users} == {
-        "aten.conv2d.default",
-        "aten.max_pool2d.default",
-    }
-
-
-def test_layers_of_one_input_differ_in_a_weight_only_plan(
-    bert_graph: fx.GraphModule, token_batches: list[dict[str, Tensor]], calibrated: Planned
-) -> None:
-    candidates = [Precision.parse(name) for name in ("w2b32", "w4b32", "w8b32")]
-    graph = calibrated(bert_graph, token_batches, "onnxruntime", candidates=candidates)
-    query, key = (f"bert.encoder.layer.0.attention.self.{name}" for name in ("query", "key"))
-    # The key's errors are as if they did not matter, so that no bits are spent on it.
-    found = measure(graph, token_batches, method="sqnr", progress=False)
-    found = replace(found, values={**found.values, key: dict.fromkeys(found.values[key], 0.0)})
-    plan = solve(found, cost(graph), "weights=24%")
-    assert (plan.choices[key], plan.choices[query]) == ("w2b32", "w4b32")
-    run_batch(with_choices(graph, plan.choices), token_batches[0])
+    torch.manual_seed(0)
+    x = torch.randn(8, 4)
+    candidates = [Precision.parse(name) for name in ("w8a8", "w8a8dt", "fp32")]
+    traced = trace(Pair(), x)
+    prepared = insert_quantizers(traced, EXECUTORCH.rules, candidates=candidates)
+    assert torch.equal(run_batch(prepared, x)[0], run_batch(traced, x)[0])
+    graph = calibrate(prepared, [x], progress=False)
+    plan = with_choices(graph, dict(zip(("first", "second"), choices, strict=True)))
+    (sum_,) = [node for node in plan.graph.nodes if node.target is torch.ops.aten.add.Tensor]
+    written, first = sum_.args
+    second = written.args[0]
+    for node, expected in ((first, stored), (second.args[0], read)):
+        quantizer = plan.get_submodule(str(node.target))
+        assert isinstance(quantizer, ActivationQuantizer)
+        assert (quantizer.active and quantizer.active.name) == expected
+    # What the sum reads is what the layer stores; what the second layer reads lies behind it.
+    assert second.args[0].args[0] is first
+    assert first.args[0].name == state_of(plan).group("first").layers[0].node

@@ -53,6 +53,13 @@ def test_float_always_runs() -> None:
     assert all(rule.runs(Precision()) for rule in RULES.operators.values())
 
 
+def test_what_is_stored_if_it_is_read_is_among_the_outputs() -> None:
+    stored = replace(RULES, quantize_outputs_of=frozenset({"conv", "add"}))
+    assert replace(stored, stored_if_read=frozenset({"add"})).stored_if_read == {"add"}
+    with pytest.raises(TargetError, match="stores what 'cat' returns if it is read so, but does"):
+        replace(stored, stored_if_read=frozenset({"cat"}))
+
+
 def test_a_candidate_is_accepted_if_any_kind_runs_it() -> None:
     RULES.check(parsed("w4", "w8a8", "fp32"))
 

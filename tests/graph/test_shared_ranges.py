@@ -180,6 +180,17 @@ def test_sites_of_one_range_are_symmetric_where_one_of_them_is(
     assert len(marked) < len(sites)
 
 
+def test_what_is_stored_shares_a_range_not_what_lies_behind_it(
+    branches: fx.GraphModule, chip_rules: TargetRules
+) -> None:
+    rules = replace(chip_rules, through=frozenset({torch.ops.aten.max_pool2d.default}))
+    shared, sites, _ = search(branches, rules)
+    twice = [entry for site in sites for entry in (site, replace(site, is_output=True))]
+    found = find_shared_ranges(branches, twice, rules, ())
+    assert shared.classes
+    assert found.classes == tuple(tuple(2 * i for i in members) for members in shared.classes)
+
+
 def test_tensors_of_one_range_cannot_each_find_their_own(conv_graph: fx.GraphModule) -> None:
     widths = OperatorRule(frozenset({8}), frozenset({8}), dynamic=frozenset(Dynamic))
     rules = TargetRules(

@@ -49,6 +49,21 @@ def test_an_activation_takes_the_grid_of_the_active_format(
     assert activation(x) is x
 
 
+def test_an_output_is_left_alone_by_ranges_of_the_layers_input() -> None:
+    dynamic = NumberFormat(8, Scheme.AFFINE, dynamic=Dynamic.ROW)
+    quantizer = ActivationQuantizer("linear", [UINT8, dynamic], is_output=True)
+    quantizer.ranges = {"uint8": ActivationRange(0.5, 0)}
+    x = torch.tensor([0.3, 0.8])
+    quantizer.activate(dynamic)
+    assert quantizer.active is None
+    assert quantizer(x) is x
+    assert quantizer.quantize(x, dynamic) is x
+    quantizer.activate(UINT8)
+    assert quantizer(x).tolist() == [0.5, 1.0]
+    found = [quantizer.leaves_alone(entry) for entry in (None, UINT8, dynamic)]
+    assert found == [True, False, True]
+
+
 def test_an_uncalibrated_format_is_an_error(activation: ActivationQuantizer) -> None:
     activation.activate(NumberFormat(2, Scheme.AFFINE))
     with pytest.raises(KeyError, match="uint2"):

@@ -142,7 +142,7 @@ def test_quantizers_that_do_not_fit_are_refused(found: object) -> None:
     assert list(decode_quantizers({"q": QUANTIZER})) == ["q"]
 
 
-def test_quantizers_of_files_from_before_symmetric_ranges_are_affine() -> None:
+def test_quantizers_of_older_files_are_affine_and_of_inputs() -> None:
     entry = {
         "class": "ActivationQuantizer",
         "name": "x",
@@ -154,6 +154,7 @@ def test_quantizers_of_files_from_before_symmetric_ranges_are_affine() -> None:
         quantizer = decode_quantizers({"q": found})["q"]
         assert isinstance(quantizer, ActivationQuantizer)
         assert quantizer.is_symmetric is expected
+        assert not quantizer.is_output
 
 
 @pytest.mark.parametrize(

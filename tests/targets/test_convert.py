@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from fxmpq.errors import BatchError, CalibrationError, FxmpqError, PlanError, TargetError
+from fxmpq.graph.trace import trace
+from fxmpq.steps import apply
 from fxmpq.targets.convert import REQUIRED_AGREEMENT_DB, convert
 from fxmpq.targets.reference import REFERENCE
 from fxmpq.targets.target import Converted, Target
@@ -64,6 +66,13 @@ def test_missing_steps_are_errors(
         convert(conv_graph)
     with pytest.raises(PlanError, match=r"no chosen precisions; call fxmpq.apply\(graph, plan\)"):
         convert(calibrated_graph)
+
+
+def test_a_model_without_layers_is_an_error(calibrated: Made) -> None:
+    x = torch.randn(2, 3)
+    prepared = calibrated(trace(torch.nn.ReLU(), x), [x])
+    with pytest.raises(FxmpqError, match="nothing to quantize: no convolution"):
+        convert(apply(prepared, {}))
 
 
 def test_a_conversion_that_disagrees_is_an_error(planned: fx.GraphModule) -> None:

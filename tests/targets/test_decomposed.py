@@ -11,12 +11,15 @@ from torch import Tensor, fx, nn
 
 from fxmpq.formats import Precision
 from fxmpq.graph.run import run_batch
+from fxmpq.graph.switch import with_choices
 from fxmpq.graph.trace import trace
 from fxmpq.targets.decomposed import to_decomposed
 from fxmpq.targets.qdq import active_quantizers, layers_of
+from fxmpq.targets.target import agreement_db
 
 Made = Callable[..., fx.GraphModule]
 
+DECOMPOSED = torch.ops.quantized_decomposed
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 DEQUANTIZE_WEIGHT = torch.ops.quantized_decomposed.dequantize_per_channel.default
@@ -143,6 +146,37 @@ class Blocks(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.fc(self.conv(self.table(ids)))
+
+
+@pytest.mark.parametrize("precision", ["w4a8dt", "w8b4a8dt", "w2b6"])
+def test_rows_and_whole_blocks_have_operators_of_their_own(
+    calibrated: Made, uniform: Made, precision: str
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 12) + 1
+    wanted = Precision.parse(precision)
+    model = nn.Sequential(nn.Linear(12, 3), nn.ReLU(), nn.Linear(3, 3))
+    graph = calibrated(trace(model, x), [x], candidates=[wanted, Precision()])
+    planned = with_choices(graph, {"0": precision, "2": "fp32"})
+    rewritten = to_decomposed(planned, signed=True)
+    # Their ranges are found in float64.
+    assert agreement_db(outputs(planned, x), outputs(rewritten, x)) > 40
+    of_rows = {DECOMPOSED.choose_qparams_per_token_asymmetric.default: 1}
+    of_rows |= {
+        DECOMPOSED.quantize_per_token.default: 1,
+        DECOMPOSED.dequantize_per_token.default: 1,
+    }
+    is_blocked = "b" in precision
+    blocks = {DECOMPOSED.dequantize_per_channel_group.default: int(is_blocked)}
+    channels = {DEQUANTIZE_WEIGHT: int(not is_blocked)}
+    for target, count in {**of_rows, **blocks, **channels}.items():
+        is_of_rows = target in of_rows
+        expected = count if wanted.activation is not None or not is_of_rows else 0
+        assert len(calls(rewritten, target)) == expected
+    (layer, _) = calls(rewritten, torch.ops.aten.linear.default)
+    codes = layer.args[1].args[0]
+    stored = rewritten.get_buffer(str(codes.target))
+    assert (stored.dtype, stored.shape) == (torch.int8, (3, 12))
 
 
 @pytest.mark.parametrize("precision", ["w4b4a8", "w2b5"])

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from fxmpq.errors import TargetError
 from fxmpq.formats import NumberFormat, Precision
 from fxmpq.graph.run import run_batch
 from fxmpq.graph.state import Layer, require
 from fxmpq.graph.switch import with_choices
 from fxmpq.graph.trace import trace
 from fxmpq.quantizers.modules import ActivationQuantizer, WeightQuantizer
-from fxmpq.targets import qdq
 from fxmpq.targets.qdq import (
     active_quantizers,
     layers_of,
@@ -135,15 +135,46 @@ def test_all_granularities_of_scales(calibrated: Made, uniform: Made, precision:
     assert agreement(graph, ids, narrow=frozenset({2, 4, 8})) > 120
 
 
-@pytest.mark.parametrize("name", ["fake_quantize", "widened_codes", "stored_numbers"])
-def test_operators_are_as_they_say(name: str) -> None:
-    codes = torch.tensor([[1, -2, 0], [3, -4, 2]], dtype=torch.int8)
-    arguments = {
-        "fake_quantize": (torch.randn(2, 3), 0.1, 3, 8, 0),
-        "widened_codes": (codes, 4, 0),
-        "stored_numbers": (codes, 4, 0),
-    }
-    torch.library.opcheck(getattr(qdq, name), arguments[name])
+@pytest.mark.parametrize("precision", ["w4b4", "w4b5", "w8b3a8", "w4"])
+def test_all_layouts_of_weights(calibrated: Made, uniform: Made, precision: str) -> None:
+    """Transposed convolutions have their channels second, and blocks run along what is left."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 5)
+    layers = [
+        nn.Conv1d(4, 6, 3),
+        nn.ConvTranspose1d(6, 5, 3),
+        nn.ConvTranspose1d(5, 4, 2),
+        nn.ConvTranspose1d(4, 8, 3, groups=2),
+    ]
+    candidates = [Precision.parse(precision)]
+    traced = trace(nn.Sequential(*layers).eval(), x)
+    graph = uniform(calibrated(traced, [x], candidates=candidates))
+    assert {layer.kind for layer, _ in layers_of(graph)} == {"conv", "conv_transpose"}
+    assert agreement(graph, x) > 120
+
+
+def test_rows_find_their_ranges_at_every_run(
+    calibrated: Made,
+    uniform: Made,
+    bert_graph: fx.GraphModule,
+    token_batches: list[dict[str, Tensor]],
+) -> None:
+    candidates = [Precision.parse("w8a8dt"), Precision.parse("w8a8d")]
+    graph = calibrated(bert_graph, token_batches, candidates=candidates)
+    plan = uniform(graph, 1)
+    assert agreement(plan, token_batches[1]) > 100
+    rewritten = to_qdq(plan)
+    numbers = [node.args[2] for node in calls(rewritten, "fake_quantize_rows")]
+    assert numbers == list(range(len(active_quantizers(plan))))
+    with pytest.raises(
+        TargetError, match="is of the whole tensor; this target finds those of rows"
+    ):
+        to_qdq(uniform(graph, 0))
+    for module in plan.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.is_symmetric = True
+    with pytest.raises(TargetError, match="is symmetric; this target"):
+        to_qdq(plan)
 
 
 def test_each_kind_of_quantizer_is_rewritten_in_ones_own_way(

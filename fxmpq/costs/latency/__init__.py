@@ -11,11 +11,12 @@ What is modelled. A plan takes
   the same on equal shapes are measured once. What a call takes whatever it computes, the time of a
   layer of one weight, is taken off.
 - A layer alone also quantizes its input, returns real numbers and brings both into the
-  runtime's layout, which neighbours in a model do not do for each other. Where a target stores
-  results in codes, pairs of neighbours are measured too, with what lies between them: what both
-  together take less than each alone is taken off, one half each. What they take more where one is
-  on codes and the other is not is the edge between their groups: conversions, and kernels that
-  fall back to float because what they write is read in float.
+  runtime's layout, which neighbours in a model do not do for each other. Pairs of neighbours that
+  may hand codes to each other are measured too, with what lies between them, also where the one's
+  result is only added to the other's: what both together take less than each alone is taken off,
+  one half each. What they take more where one is on codes and the other is not is the edge between
+  their groups: conversions, and kernels that fall back to float because what they write is read in
+  float.
 - The whole model is measured at one uniform plan a precision. What it takes beyond its layers
   (norms, softmax, products of attention, sums) is the fixed part; what then still
   differs is put on the groups in proportion. So a uniform plan costs what was measured; of
@@ -23,5 +24,6 @@ What is modelled. A plan takes
 
 Runs take turns, and each one's least time of thirty rounds counts. Times are kept on disk
 (`cache_folder`), under all that decides them: the versions of the runtime, torch and fxmpq, CPU,
-threads, precisions, and what is computed on which shapes.
+threads, what a target tells besides (the C++ compiler), precisions, and what is computed on which
+shapes.
 """

@@ -147,16 +147,18 @@ class _Model:
         self._units = units
         self._joints = joints
         self._times = times
-        # Halves of what a junction takes beyond its two units where both are alike.
+        # Halves of what a junction takes beyond its two units where both are alike. A reader has
+        # several tensors to read; each of them comes from one of several producers.
         self._as_producer: dict[tuple[Unit, bool], list[float]] = {}
-        self._as_reader: dict[tuple[Unit, bool], list[float]] = {}
+        self._as_reader: dict[tuple[Unit, bool], dict[str, list[float]]] = {}
         for joint in joints:
             for in_codes in (True, False):
                 half = self._beyond(joint, in_codes, in_codes)
                 if half is not None:
                     ends = joint.junction
                     self._as_producer.setdefault((ends.producer, in_codes), []).append(half / 2)
-                    self._as_reader.setdefault((ends.reader, in_codes), []).append(half / 2)
+                    read = self._as_reader.setdefault((ends.reader, in_codes), {})
+                    read.setdefault(ends.read_by, []).append(half / 2)
 
     def group_cost(self, group: Group, name: str) -> float:
         """What a group takes within a model whose neighbours are alike."""
@@ -170,8 +172,10 @@ class _Model:
             ends = joint.junction
             narrowing = self._beyond(joint, False, True)
             widening = self._beyond(joint, True, False)
-            halves = [self._half(self._as_producer, ends.producer, side) for side in (True, False)]
-            others = [self._half(self._as_reader, ends.reader, side) for side in (True, False)]
+            halves = [self._produced(ends.producer, side) for side in (True, False)]
+            others = [
+                self._read(ends.reader, side).get(ends.read_by, 0.0) for side in (True, False)
+            ]
             # What was not measured is no choice that the groups have.
             pair = (
                 0.0 if widening is None else max(0.0, widening - halves[0] - others[1]),
@@ -204,15 +208,17 @@ class _Model:
         own = self._piece(self._units[unit], (name,))
         assert own is not None
         in_codes = has_codes(Precision.parse(name))
-        shared = self._half(self._as_producer, unit, in_codes)
-        shared += self._half(self._as_reader, unit, in_codes)
+        shared = math.fsum([self._produced(unit, in_codes), *self._read(unit, in_codes).values()])
         return max(own + shared, _LEAST_SHARE * own)
 
-    def _half(
-        self, halves: Mapping[tuple[Unit, bool], Sequence[float]], unit: Unit, in_codes: bool
-    ) -> float:
-        found = halves.get((unit, in_codes))
+    def _produced(self, unit: Unit, in_codes: bool) -> float:
+        found = self._as_producer.get((unit, in_codes))
         return fmean(found) if found else 0.0
+
+    def _read(self, unit: Unit, in_codes: bool) -> Mapping[str, float]:
+        """By the node that reads."""
+        found = self._as_reader.get((unit, in_codes), {})
+        return {name: fmean(halves) for name, halves in found.items()}
 
     def _beyond(self, joint: Joint, made: bool, read: bool) -> float | None:
         """What a junction takes beyond its units alone: less than nothing where both are alike."""

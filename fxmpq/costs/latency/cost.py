@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import fx
 
 from fxmpq.costs.cost import count
@@ -40,7 +39,7 @@ def latency_cost(
         rules: Of the target it was prepared for.
         runtime: The target's.
         progress: Whether to show a progress bar.
-        clock: Tells the time, in seconds; `clock_for` torch's threads by default.
+        clock: Tells the time, in seconds; `clock_for` the runtime's threads by default.
 
     Returns:
         Milliseconds for one sample of the example's shape, or for the example where the trace
@@ -68,8 +67,8 @@ def latency_cost(
                 if _is_mixed(groups[unit.group]):
                     wanted.add(pieces[unit], [(FLOAT,)])
     store = TimeStore(cache_folder() / _FOLDER)
-    clock = clock or clock_for(torch.get_num_threads())
-    measurer = Measurer(rules, runtime, store, clock, progress)
+    clock = clock or clock_for(runtime.threads())
+    measurer = Measurer(rules, runtime, store, clock, progress=progress)
     found = measurer.pieces(wanted)
     anchors = _anchors(graph)
     in_float: Choice = (FLOAT,) * len(groups)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxmpq.costs.latency.cut import Piece, cut
-from fxmpq.costs.latency.runtime import Runtime
+from fxmpq.costs.latency.runtime import Conditions, Runtime
 from fxmpq.costs.latency.store import Key, TimeStore
 from fxmpq.costs.latency.timing import cpu_seconds
 from fxmpq.costs.latency.variants import (
@@ -119,9 +120,12 @@ class Measurer:
         missing = [choice for choice in choices if (signature, choice) not in times]
         if missing:
             calibrated = graph if state.calibrated else calibrated_on_example(graph)
-            models = load_graph(calibrated, missing, self.runtime)
-            entries = ((signature, choice) for choice in missing)
-            times |= self._timed(dict(zip(entries, models, strict=True)))
+            steps = track(missing, "measuring whole models", shown=self.progress)
+            models = {
+                (signature, choice): load_graph(calibrated, [choice], self.runtime)[0]
+                for choice in steps
+            }
+            times |= self._timed(models)
         return {choice: times[signature, choice] for choice in choices}
 
     def call(self) -> float:
@@ -146,5 +150,9 @@ class Measurer:
             self.store.keep(self._key(signature, choice), seconds)
         return dict(zip(loaded, found, strict=True))
 
+    @cached_property
+    def _conditions(self) -> Conditions:
+        return self.runtime.conditions()
+
     def _key(self, signature: str, choice: Choice) -> Key:
-        return {**self.runtime.conditions(), "model": signature, "precisions": list(choice)}
+        return {**self._conditions, "model": signature, "precisions": list(choice)}

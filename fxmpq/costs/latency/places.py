@@ -31,17 +31,19 @@ class Unit:
 
 @dataclass(frozen=True)
 class Junction:
-    """Two units of different groups, with a tensor between them that the target may store in codes.
+    """Two units of different groups, with a tensor between them that may be codes.
 
     Args:
         producer: Whose result it is.
-        reader: Whose input it is.
+        reader: Whose input it is, or which adds it to its layer's result.
         between: Names of the nodes on the way, such as a pooling or a residual sum.
+        read_by: The reader's node that reads it: its layer's, or that of its sum.
     """
 
     producer: Unit
     reader: Unit
     between: tuple[str, ...]
+    read_by: str
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -62,10 +64,11 @@ def find_units(state: GraphState) -> tuple[Unit, ...]:
 def find_junctions(
     graph: fx.GraphModule, units: tuple[Unit, ...], rules: TargetRules
 ) -> tuple[Junction, ...]:
-    """The junctions of a prepared graph: where its target stores a unit's result in codes.
+    """The junctions of a prepared graph: where one unit may hand codes to another.
 
-    A unit reads another one's result directly, past what commutes with quantization, or past one
-    sum or concatenation that is stored in codes itself.
+    A unit reads another one's result as its layer's input, or as what is added to its layer's
+    result: directly, past what commutes with quantization, or past one sum or concatenation that
+    the target stores in codes.
 
     Args:
         graph: Prepared.
@@ -84,25 +87,32 @@ class _Search:
         self._graph = graph
         self._rules = rules
         self._nodes: Mapping[str, fx.Node] = {node.name: node for node in graph.graph.nodes}
-        self._made = {
-            self._nodes[unit.nodes[-1]]: unit
-            for unit in units
-            if unit.member.kind in rules.quantize_outputs_of
-        }
+        self._made = {self._nodes[unit.nodes[-1]]: unit for unit in units}
         self._fused = {
             self._nodes[fusion.nodes[-1]]: fusion.nodes for fusion in state_of(graph).fusions
         }
 
     def junctions_into(self, reader: Unit) -> Iterator[Junction]:
-        node = self._nodes[reader.member.node]
-        operator = OPERATORS.get(node.target)
+        for name, value in self._read(reader):
+            seen: set[str] = set()
+            for producer, between in self._producers(value, ()):
+                if producer.group != reader.group and producer.member.name not in seen:
+                    seen.add(producer.member.name)
+                    yield Junction(producer, reader, between, name)
+
+    def _read(self, reader: Unit) -> Iterator[tuple[str, object]]:
+        """What a unit reads in codes, with the name of the node that reads it."""
+        layer = self._nodes[reader.member.node]
+        operator = OPERATORS.get(layer.target)
         if operator is None or not operator.quantizes_input:
             return
-        seen: set[str] = set()
-        for producer, between in self._producers(argument(node, operator.input), ()):
-            if producer.group != reader.group and producer.member.name not in seen:
-                seen.add(producer.member.name)
-                yield Junction(producer, reader, between)
+        yield layer.name, argument(layer, operator.input)
+        for before, name in zip(reader.nodes, reader.nodes[1:], strict=False):
+            node = self._nodes[name]
+            for operand in node.all_input_nodes if operator_name(node) == "add" else ():
+                found = behind_quantizers(self._graph, operand)
+                if found is not self._nodes[before]:
+                    yield name, found
 
     def _producers(
         self, value: object, between: tuple[str, ...], *, meets: bool = True

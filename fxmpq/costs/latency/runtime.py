@@ -14,6 +14,7 @@ from torch import fx
 from fxmpq.graph.batches import Batch
 
 Run = Callable[[Batch], object]
+Conditions = Mapping[str, str | int]
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,21 @@ class Runtime:
         name: The target's name.
         load: Takes a planned graph and returns what runs a batch.
         packages: Modules whose versions decide how fast models run.
+        further: What decides it besides, by name; nothing by default.
     """
 
     name: str
     load: Callable[[fx.GraphModule], Run]
     packages: tuple[str, ...]
+    further: Callable[[], Conditions] = dict
 
-    def conditions(self) -> Mapping[str, str | int]:
+    def conditions(self) -> Conditions:
         """All that decides how fast a model runs besides the model.
 
         Returns:
             The target's name, the versions of its packages, of torch and of fxmpq, the name of
-            the CPU and the number of threads.
+            the CPU and the number of threads, or what the target tells of them; and what it tells
+            besides.
         """
         packages = dict.fromkeys([*self.packages, "torch", "fxmpq"])
         return {
@@ -43,7 +47,12 @@ class Runtime:
             "packages": ", ".join(f"{name} {_version(name)}" for name in packages),
             "cpu": cpu_name(),
             "threads": torch.get_num_threads(),
+            **self.further(),
         }
+
+    def threads(self) -> int:
+        """In how many threads models run."""
+        return int(self.conditions()["threads"])
 
 
 def _version(package: str) -> str:

@@ -116,7 +116,10 @@ def load_graph(
                 f"{', '.join(group.name for group in groups)}"
             )
         named: Mapping[str, str] = dict(zip((g.name for g in groups), choice, strict=True))
-        found.append(Loaded(runtime.load(with_choices(graph, named)), ran))
+        model = Loaded(runtime.load(with_choices(graph, named)), ran)
+        # What compiles for a batch when it meets it does so now.
+        model()
+        found.append(model)
     return found
 
 

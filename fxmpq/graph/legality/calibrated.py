@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxmpq.formats import NumberFormat, Precision
 from fxmpq.graph.legality.prepared import OFF, QUANTIZED, active_of
@@ -128,13 +128,20 @@ def _choices(subject: Subject) -> Breaches:
 def _active(subject: Subject) -> Breaches:
     for group in subject.state.groups:
         chosen = Precision.parse(subject.state.choices[group.name])
-        expected: dict[str, object] = dict.fromkeys(group.activation_quantizers, chosen.activation)
+        expected: dict[str, object] = {
+            name: None if _leaves_alone(subject.modules.get(name), chosen) else chosen.activation
+            for name in group.activation_quantizers
+        }
         for layer in group.layers:
             for module in filter(None, (layer.weight_quantizer, layer.bias_correction)):
                 expected[module] = chosen.weight
         for name, number_format in expected.items():
             if active_of(subject.modules.get(name)) != number_format:
                 yield f"quantizer {name!r} is not at its group's {chosen}"
+
+
+def _leaves_alone(module: nn.Module | None, chosen: Precision) -> bool:
+    return isinstance(module, ActivationQuantizer) and module.leaves_alone(chosen.activation)
 
 
 CALIBRATION = Rule("calibrated", "the state says so", _calibration)

@@ -155,6 +155,9 @@ def _rules(found: TargetFile, base: TargetRules) -> TargetRules:
     ):
         if getattr(found, key) is not None:
             changes[key] = frozenset(getattr(found, key))
+    outputs = changes["quantize_outputs_of"]
+    assert isinstance(outputs, frozenset)
+    changes["stored_if_read"] = base.stored_if_read & outputs
     if found.through is not None:
         changes["through"] = frozenset(
             overload for name in found.through for overload in _overloads(name, base)

@@ -46,20 +46,21 @@ def convert_executorch(graph: fx.GraphModule, output: Path | None, rules: Target
     def run(batch: Batch) -> Sequence[Tensor]:
         return loaded(flat_inputs(graph, batch))
 
+    layers = {member.node: member.name for g in state_of(graph).groups for member in g.members}
+    layers |= computed_by(graph)
+
     @cache
-    def exposed() -> tuple[ExecutorchModel, int]:
+    def exposed() -> tuple[ExecutorchModel, list[str]]:
         all_shown = to_xnnpack_form(graph, rules)
-        shown = return_activations(all_shown, rules)
+        names = return_activations(all_shown, active_quantizers(graph))
         further, all_sizes = _lower(all_shown)
-        return ExecutorchModel(further.data, all_sizes), shown
+        return ExecutorchModel(further.data, all_sizes), names
 
     def layer_values(batch: Batch) -> Sequence[LayerValue]:
-        model, shown = exposed()
-        values = model(flat_inputs(graph, batch))
-        values = values[len(values) - shown :]
-        quantized = dict(zip(active_quantizers(graph), values, strict=True))
-        layers = computed_by(graph).items()
-        return [LayerValue(layer, name, quantized[name]) for name, layer in layers]
+        model, names = exposed()
+        values = model(flat_inputs(graph, batch))[-len(names) :] if names else ()
+        pairs = zip(names, values, strict=True)
+        return [LayerValue(layers[name], name, value) for name, value in pairs if name in layers]
 
     traced = ExecutorchModel(lowered.data, sizes, is_traced=True)
     executed = executed_kernels(traced, state_of(graph).example)

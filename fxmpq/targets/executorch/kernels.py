@@ -16,7 +16,7 @@ from fxmpq.targets.executorch.places import Place
 
 _SCHEMAS = ("etdump_schema_flatcc.fbs", "scalar_type.fbs")
 _LAYERS = ("Convolution", "Deconvolution", "Fully Connected")
-_INTEGER = ("QC8", "QS8", "QC4W")
+_STORED = ("QC8", "QS8", "QC4W", "QB4W")
 
 
 def executed_kernels(traced: ExecutorchModel, inputs: Sequence[object]) -> list[list[str]]:
@@ -74,9 +74,10 @@ class Kernels:
             return f"{kernel} on stored codes", ""
         if place is not None and place.delegate is None:
             return kernel, "XNNPACK has no kernel for it"
-        if not any(kind in kernel for kind in _INTEGER):
+        is_on_codes = precision.activation is None or "(NC, F32, " not in kernel
+        if not is_on_codes or not any(kind in kernel for kind in _STORED):
             return kernel, "XNNPACK has no kernel from codes to what its result is kept in"
-        if precision.weight_bits != 8 and "QC4W" not in kernel:
+        if precision.weight_bits != 8 and "4W" not in kernel:
             return kernel, "stored in 8 bits: XNNPACK takes 4-bit weights of even numbers of inputs"
         return kernel, ""
 

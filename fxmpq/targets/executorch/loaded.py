@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxmpq.errors import TargetError
-from fxmpq.targets.executorch.packages import WAS_LOADED, Runtime, reset_threads
+from fxmpq.targets.executorch.packages import WAS_LOADED, Runtime, count_threads, reset_threads
 from fxmpq.targets.executorch.sizes import FreeSizes
 
 
@@ -86,6 +86,13 @@ def _set_threads() -> None:
     """Give the runtime as many threads as torch has, once: loaded programs hold on to its pool."""
     if not WAS_LOADED:
         reset_threads(torch.get_num_threads())
+
+
+def fixed_threads() -> int:
+    """In how many threads the runtime computes, from now on if it was not settled before."""
+    with quiet_runtime():
+        _set_threads()
+        return int(count_threads())
 
 
 @contextmanager

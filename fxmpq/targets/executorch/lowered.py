@@ -12,10 +12,10 @@ from fxmpq.graph.reasons import first_line
 from fxmpq.targets.executorch.packages import (
     EdgeCompileConfig,
     Runtime,
-    XnnpackPartitioner,
     quiet_packages,
     to_edge_transform_and_lower,
 )
+from fxmpq.targets.executorch.partition import partitioner
 from fxmpq.targets.executorch.places import Place, layer_places
 
 
@@ -48,7 +48,7 @@ def lower_program(program: ExportedProgram) -> Lowered:
             # What it checks is that operators are core ATen; those with kernels are more.
             config = EdgeCompileConfig(_check_ir_validity=False)
             edge = to_edge_transform_and_lower(
-                program, partitioner=[XnnpackPartitioner()], compile_config=config
+                program, partitioner=[partitioner()], compile_config=config
             )
             graph = edge.exported_program().graph_module
             places = layer_places(edge.exported_program())

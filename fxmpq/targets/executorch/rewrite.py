@@ -33,37 +33,31 @@ def to_xnnpack_form(graph: fx.GraphModule, rules: TargetRules) -> fx.GraphModule
 
     It is `to_decomposed` with signed codes, and what XNNPACK asks for beyond that: a value that
     max pooling returns is quantized again, on the grid that it already lies on, so that integers
-    are on both sides; the scale of an output channel is large enough for its bias, which is stored
-    in 32-bit units of input scale times weight scale; 4-bit weights of an odd number of inputs
-    are kept in bytes; low-bit embeddings are packed. A layer that XNNPACK has no integer kernel
-    for, as one whose result the plan keeps in float for all that read it, gets float weights;
-    float convolutions over one dimension are over two.
+    are on both sides; one that is quantized twice on one grid is so once; the scale of an output
+    channel is large enough for its bias, which is stored in 32-bit units of input scale times
+    weight scale; 4-bit weights of an odd number of inputs are kept in bytes; low-bit embeddings
+    are packed. A linear layer on real numbers, or whose result nothing stores, adds its bias
+    behind it; a convolution that XNNPACK has no integer kernel for gets float weights. Float
+    convolutions over one dimension are over two.
 
     Args:
         graph: With chosen precisions; not changed.
         rules: The target's.
 
     Returns:
-        A graph without modules. Its `quantize_per_tensor` nodes are those of the plan's active
-        quantizers in graph order, each perhaps followed by others behind `max_pool2d`.
+        A graph without modules. Nodes have in `meta["layer"]` the name of the planned graph's node
+        whose result they compute, where they are not quantized for that.
     """
     rewritten = to_decomposed(graph, signed=True)
+    _merge_grids(rewritten)
     for node in list(rewritten.graph.nodes):
         if node.target in rules.through and _is_real(node.args[0]):
             quantize_again(rewritten, node)
     for node in list(rewritten.graph.nodes):
         operator = OPERATORS.get(node.target)
         weight = argument(node, operator.weight) if operator is not None else None
-        if not isinstance(weight, fx.Node) or weight.target not in _CHANNELS:
-            continue
-        if node.target is own.linear.default:
-            node.target, node.args = aten.linear.default, node.args[:3]
-        _widen_odd(rewritten, weight)
-        grids = _grids(rewritten, node, weight)
-        if grids is None:
-            _make_float(rewritten, node, weight)
-        else:
-            _hold_bias(rewritten, node, weight, *grids)
+        if isinstance(weight, fx.Node) and weight.target in _STORED:
+            _fit_kernel(rewritten, node, weight)
     for node in list(rewritten.graph.nodes):
         if node.target in IN_TWO_DIMENSIONS and node.args[1].op == "get_attr":
             _widen_float(rewritten, node)
@@ -104,21 +98,72 @@ def stored_names(graph: fx.GraphModule, rewritten: fx.GraphModule) -> dict[str, 
     return found
 
 
-_CHANNELS = frozenset({quantized_decomposed.dequantize_per_channel.default})
+_BLOCKS = quantized_decomposed.dequantize_per_channel_group.default
+_STORED = frozenset({quantized_decomposed.dequantize_per_channel.default, _BLOCKS})
 
 
 def _is_real(node: object) -> bool:
-    dequantize = quantized_decomposed.dequantize_per_tensor.default
-    return isinstance(node, fx.Node) and node.target is dequantize
+    return _is_call(node, quantized_decomposed.dequantize_per_tensor.default)
 
 
-def _grids(graph: fx.GraphModule, node: fx.Node, weight: fx.Node) -> tuple[float, float] | None:
+def _is_call(node: object, target: object) -> bool:
+    return isinstance(node, fx.Node) and node.target is target
+
+
+def _merge_grids(graph: fx.GraphModule) -> None:
+    """Read codes as they are where they would be made real and put on the same grid again."""
+    quantize = quantized_decomposed.quantize_per_tensor.default
+    for node in list(graph.graph.find_nodes(op="call_function", target=quantize)):
+        source = node.args[0]
+        if isinstance(source, fx.Node) and _is_real(source) and source.args[1:] == node.args[1:]:
+            node.replace_all_uses_with(source.args[0])
+            graph.graph.erase_node(node)
+
+
+def _fit_kernel(graph: fx.GraphModule, node: fx.Node, weight: fx.Node) -> None:
+    """Bring a layer that reads stored codes into the form of a kernel that XNNPACK has."""
+    if node.target is own.linear.default:
+        node.target, node.args = aten.linear.default, node.args[:3]
+    if weight.target is not _BLOCKS:
+        _widen_odd(graph, weight)
+    is_linear = node.target is aten.linear.default
+    is_on_rows = _is_call(node.args[0], quantized_decomposed.dequantize_per_token.default)
+    grids = None if is_on_rows else _grids(node)
+    if grids is not None:
+        _hold_bias(graph, node, weight, *grids)
+    elif not is_linear:
+        _make_float(graph, node, weight)
+    else:
+        result = node
+        if not (is_on_rows and _has_stored_bias(node)):
+            result = _add_bias_behind(graph, node)
+        result.meta["layer"] = node.name
+
+
+def _has_stored_bias(node: fx.Node) -> bool:
+    bias = argument(node, OPERATORS[node.target].bias)
+    return not isinstance(bias, fx.Node) or bias.op == "get_attr"
+
+
+def _add_bias_behind(graph: fx.GraphModule, linear: fx.Node) -> fx.Node:
+    """Let a linear layer do without its bias; returns the sum with it.
+
+    ExecuTorch 1.5 stores a bias in units of both scales, and has none for real numbers.
+    """
+    bias = argument(linear, OPERATORS[linear.target].bias)
+    linear.args = linear.args[:2]
+    if not isinstance(bias, fx.Node):
+        return linear
+    with graph.graph.inserting_after(linear):
+        result = graph.graph.call_function(aten.add.Tensor, (linear, bias))
+    linear.replace_all_uses_with(result, lambda user: user is not result)
+    return result
+
+
+def _grids(node: fx.Node) -> tuple[float, float] | None:
     """The scales of a layer's input and output codes; `None` if no integer kernel takes it."""
     source, output = node.args[0], _stored_output(node)
-    bias = argument(node, OPERATORS[node.target].bias)
-    is_stored = not isinstance(bias, fx.Node) or bias.op == "get_attr"
-    is_flat = get_tensor(graph, str(weight.all_input_nodes[0].target)).dim() <= 4
-    if output is None or not _is_real(source) or not is_stored or not is_flat:
+    if output is None or not _is_real(source) or not _has_stored_bias(node):
         return None
     assert isinstance(source, fx.Node)
     scales = source.args[1], output.args[1]

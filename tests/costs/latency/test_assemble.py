@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -27,7 +28,7 @@ def _model() -> tuple[list[Group], dict[Unit, str], list[Joint]]:
     groups = [Group(name, (_layer(name),), candidates) for name in "ab"]
     units = {Unit(group.layers[0], group.name, (group.name,)): group.name for group in groups}
     producer, reader = units
-    return groups, units, [Joint(Junction(producer, reader, ()), "ab", ("w8a8", "w8a8"))]
+    return groups, units, [Joint(Junction(producer, reader, (), "b"), "ab", ("w8a8", "w8a8"))]
 
 
 def test_by_hand() -> None:
@@ -54,7 +55,8 @@ def test_by_hand() -> None:
 def test_several_readers_in_a_group_change_a_tensor_once() -> None:
     groups, units, joints = _model()
     second = Unit(_layer("c"), "b", ("c",))
-    joints.append(Joint(Junction(joints[0].junction.producer, second, ()), "ab", joints[0].codes))
+    junction = Junction(joints[0].junction.producer, second, (), "c")
+    joints.append(Joint(junction, "ab", joints[0].codes))
     alone = {"w4a8": 2.0, "w8a8": 2.0, "fp32": 4.0}
     pieces = {(name, (entry,)): time for name in "abc" for entry, time in alone.items()}
     mixed = {("w8a8", "fp32"): 9.0, ("fp32", "w8a8"): 7.0}
@@ -64,6 +66,25 @@ def test_several_readers_in_a_group_change_a_tensor_once() -> None:
     (edge,) = assemble(groups, {**units, second: "c"}, joints, times, []).edges
     assert edge.costs["w8a8"]["fp32"] == pytest.approx(3000)
     assert edge.costs["fp32"]["w8a8"] == pytest.approx(1000)
+
+
+@pytest.mark.parametrize(("second", "saved"), [("sum", 6.0), ("b", 3.0)])
+def test_what_a_layer_reads_and_what_is_added_to_it_save_time_each(
+    second: str, saved: float
+) -> None:
+    groups, units, (joint,) = _model()
+    reader = joint.junction.reader
+    other = Unit(_layer("c"), "c", ("c",))
+    groups.append(replace(groups[0], name="c", layers=(_layer("c"),)))
+    joints = [joint, Joint(Junction(other, reader, (), second), "cb", joint.codes)]
+    pieces = {(name, (entry,)): 40.0 for name in "abc" for entry in _NAMES}
+    pieces |= {(pair, ("w8a8", "w8a8")): 74.0 for pair in ("ab", "cb")}
+    # One that is the other's alternative saves as much as the two together.
+    times = Times(pieces, 0.0, {("fp32",) * 3: 200.0})
+    rows = assemble(groups, {**units, other: "c"}, joints, times, []).rows
+    assert rows is not None
+    found = {name: row["w8a8"] / 1000 for name, row in rows.items()}
+    assert found == pytest.approx({"a": 37, "b": 40 - saved, "c": 37})
 
 
 @given(st.lists(_TIMES, min_size=20, max_size=20), st.lists(_TIMES, min_size=3, max_size=3))

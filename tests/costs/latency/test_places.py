@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 
 import fxmpq
 from fxmpq.costs.latency.places import find_junctions, find_units
 from fxmpq.graph.state import state_of
+from fxmpq.targets.inductor import INDUCTOR
 from fxmpq.targets.onnxruntime import ONNXRUNTIME
 from fxmpq.targets.openvino import OPENVINO
 from fxmpq.targets.target import Target
@@ -35,9 +37,9 @@ def _prepared(model: nn.Module, target: Target, *shape: int) -> fx.GraphModule:
     return fxmpq.prepare(graph, target, candidates=["w8a8", "fp32"])
 
 
-def _found(graph: fx.GraphModule, target: Target) -> dict[tuple[str, str], tuple[str, ...]]:
+def _found(graph: fx.GraphModule, target: Target) -> dict[tuple[str, str, str], tuple[str, ...]]:
     junctions = find_junctions(graph, find_units(state_of(graph)), target.rules)
-    return {(j.producer.member.name, j.reader.member.name): j.between for j in junctions}
+    return {(j.producer.member.name, j.reader.member.name, j.read_by): j.between for j in junctions}
 
 
 def test_units_are_layers_with_what_is_fused_to_them() -> None:
@@ -53,19 +55,22 @@ def test_units_are_layers_with_what_is_fused_to_them() -> None:
 def test_junctions_lead_past_poolings_and_sums() -> None:
     graph = _prepared(Block(), ONNXRUNTIME, 2, 2, 8, 8)
     assert _found(graph, ONNXRUNTIME) == {
-        ("stem", "one"): ("max_pool2d",),
-        ("one", "two"): (),
-        ("two", "last"): ("add", "relu_2"),
-        ("stem", "last"): ("max_pool2d", "add", "relu_2"),
+        ("stem", "one", "conv2d_1"): ("max_pool2d",),
+        ("one", "two", "conv2d_2"): (),
+        ("two", "last", "conv2d_3"): ("add", "relu_2"),
+        ("stem", "last", "conv2d_3"): ("max_pool2d", "add", "relu_2"),
     }
 
 
-def test_a_sum_fused_to_its_layer_is_the_layers() -> None:
-    graph = _prepared(Block(), OPENVINO, 2, 2, 8, 8)
-    assert _found(graph, OPENVINO) == {
-        ("stem", "one"): ("max_pool2d",),
-        ("one", "two"): (),
-        ("two", "last"): (),
+@pytest.mark.parametrize("target", [OPENVINO, INDUCTOR])
+def test_a_sum_fused_to_its_layer_is_the_layers(target: Target) -> None:
+    graph = _prepared(Block(), target, 2, 2, 8, 8)
+    assert _found(graph, target) == {
+        ("stem", "one", "conv2d_1"): ("max_pool2d",),
+        ("one", "two", "conv2d_2"): (),
+        ("two", "last", "conv2d_3"): (),
+        # What is added comes from a layer too.
+        ("stem", "two", "add"): ("max_pool2d",),
     }
 
 
@@ -76,7 +81,7 @@ def test_a_junction_is_cut_from_producer_to_reader() -> None:
     assert found[0].nodes == ("conv2d", "relu", "max_pool2d", "conv2d_1", "relu_1")
 
 
-def test_where_results_stay_real_there_are_none() -> None:
+def test_where_something_lies_between_there_are_none() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
     graph = _prepared(net, ONNXRUNTIME, 2, 4)
     assert _found(graph, ONNXRUNTIME) == {}

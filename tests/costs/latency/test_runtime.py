@@ -26,11 +26,19 @@ def test_conditions_name_versions_and_threads() -> None:
         one = runtime.conditions()
     with use_threads(2):
         two = runtime.conditions()
+        assert runtime.threads() == 2
     assert (one["threads"], two["threads"]) == (1, 2)
     assert {**one, "threads": 2} == two
     assert f"torch {torch.__version__.partition('+')[0]}" in str(one["packages"])
     assert "onnxruntime 1" in str(one["packages"])
     assert f"fxmpq {fxmpq.__version__}" in str(one["packages"])
+
+
+def test_a_target_tells_more_and_knows_its_threads_best() -> None:
+    plain = Runtime("some", lambda graph: print, ()).conditions()
+    told = Runtime("some", lambda graph: print, (), lambda: {"compiler": "a", "threads": 7})
+    assert told.conditions() == {**plain, "compiler": "a", "threads": 7}
+    assert told.threads() == 7
 
 
 def test_a_version_is_the_modules_whatever_distribution_brought_it(

@@ -12,6 +12,7 @@ from fxmpq.errors import PrecisionError, TargetError
 from fxmpq.formats import Precision
 from fxmpq.graph.state import require
 from fxmpq.targets.described.read import read_target
+from fxmpq.targets.executorch import EXECUTORCH
 from fxmpq.targets.registry import TARGETS
 from fxmpq.targets.target import Target
 
@@ -83,6 +84,12 @@ def test_what_is_said_holds(tmp_path: Path) -> None:
     assert rules.quantize_outputs_of == {"conv", "add"}
     assert rules.shared_ranges == {"add"}
     assert torch.ops.aten.max_pool2d.default in rules.through
+
+
+def test_of_what_is_inherited_only_that_which_is_stored_is_left(tmp_path: Path) -> None:
+    base = SMALLEST.replace("[4, 8]", "[8]") + "based_on = 'executorch'\n"
+    assert read(tmp_path, base).rules.stored_if_read == EXECUTORCH.rules.stored_if_read == {"add"}
+    assert not read(tmp_path, base + "quantize_outputs_of = ['conv']").rules.stored_if_read
 
 
 @pytest.mark.parametrize(

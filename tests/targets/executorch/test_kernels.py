@@ -10,6 +10,7 @@ from fxmpq.targets.executorch.places import Place
 EXECUTED = [
     ["Convolution (NHWC, QC8) IGEMM", "Fully Connected (NC, F32) GEMM"],
     ["Fully Connected (NC, QS8, QC8W) GEMM"],
+    ["Fully Connected (NC, F32, QC4W) GEMM", "Fully Connected (NC, QDU8, F32, QB4W) GEMM"],
 ]
 PLACES = {
     "codes_a": [Place("aten.convolution", 0, 0)],
@@ -17,6 +18,8 @@ PLACES = {
     "codes_t": [Place("aten.embedding")],
     "codes_p": [Place("aten.linear")],
     "beyond": [Place("aten.linear", 1, 5)],
+    "codes_s": [Place("aten.linear", 2, 0)],
+    "codes_r": [Place("aten.linear", 2, 1)],
 }
 NAMES = {
     "a": "codes_a",
@@ -26,6 +29,8 @@ NAMES = {
     "table": "codes_t",
     "portable": "codes_p",
     "beyond": "beyond",
+    "stored": "codes_s",
+    "rows": "codes_r",
 }
 
 
@@ -51,6 +56,9 @@ def test_float_layers(kernels: Kernels) -> None:
         ("one", "w8a8", EXECUTED[0][1], "XNNPACK has no kernel from codes"),
         ("other", "w8a8", EXECUTED[1][0], ""),
         ("other", "w4a8", EXECUTED[1][0], "stored in 8 bits: XNNPACK takes 4-bit"),
+        ("stored", "w4", EXECUTED[2][0], ""),
+        ("stored", "w4a8", EXECUTED[2][0], "XNNPACK has no kernel from codes"),
+        ("rows", "w4b32a8dt", EXECUTED[2][1], ""),
         ("portable", "w8a8", "portable aten.linear", "XNNPACK has no kernel for it"),
         ("beyond", "w8a8", "unknown", "the program that was written does not show it"),
         ("third", "w8a8", "unknown", "the program that was written does not show it"),

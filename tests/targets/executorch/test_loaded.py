@@ -9,7 +9,9 @@ from torch.export import export
 
 from fxmpq.errors import TargetError
 from fxmpq.graph.export import quiet_torch
-from fxmpq.targets.executorch.loaded import ExecutorchModel, quiet_runtime
+from fxmpq.report.latency import use_threads
+from fxmpq.targets.executorch import EXECUTORCH
+from fxmpq.targets.executorch.loaded import ExecutorchModel, fixed_threads, quiet_runtime
 from fxmpq.targets.executorch.lowered import lower_program
 from fxmpq.targets.executorch.sizes import FreeSizes
 
@@ -35,6 +37,14 @@ def test_a_model_that_cannot_run_is_an_error(capfd: pytest.CaptureFixture[str]) 
     with pytest.raises(TargetError, match="cannot run this model.*'reference' does"):
         loaded([x])
     assert capfd.readouterr().err
+
+
+def test_threads_are_settled_once() -> None:
+    assert EXECUTORCH.conditions is not None
+    before = EXECUTORCH.conditions()
+    with use_threads(torch.get_num_threads() + 1):
+        assert EXECUTORCH.conditions() == before == {"threads": fixed_threads()}
+    assert fixed_threads() >= 1
 
 
 def test_a_file_that_is_none_is_an_error() -> None:

@@ -86,16 +86,19 @@ class Chain(nn.Module):
         return self.last(self.dead(self.first(x)))
 
 
-def test_dead_channels_and_float_results_run(calibrated: Made) -> None:
+def test_dead_channels_run_and_float_layers_read_codes(calibrated: Made) -> None:
     torch.manual_seed(0)
     x = torch.randn(6, 4)
     candidates = [Precision.parse(name) for name in ("w8a8", "fp32")]
     graph = calibrated(trace(Chain(), x), [x], "executorch", candidates=candidates)
     plan = with_choices(graph, {"first": "w8a8", "dead": "w8a8", "last": "fp32"})
     form = to_xnnpack_form(plan, EXECUTORCH.rules)
-    # Nothing quantizes what the last layer reads, so no integer kernel can compute it.
-    first, dead, _ = calls(form, aten.linear.default)
-    assert dead.args[1].op == "get_attr"
+    # A layer stores its result as its own precision says, whoever reads it.
+    first, dead, last = calls(form, aten.linear.default)
+    assert dead.args[1].target is decomposed.dequantize_per_channel.default
+    assert last.args[0].target is decomposed.dequantize_per_tensor.default
+    # Codes on the grid that they are on already are not made again.
+    assert len(calls(form, decomposed.quantize_per_tensor.default)) == 3
     # The bias fits an int32 in units of the scales, and results are as they were.
     scales = get_tensor(form, first.args[1].args[1].target)
     units = get_tensor(form, first.args[2].target).abs() / (scales * first.args[0].args[1])
@@ -104,8 +107,106 @@ def test_dead_channels_and_float_results_run(calibrated: Made) -> None:
     assert agreement_db(list(run_batch(plan, x)), made.run(x)) > 35
     rows = {row.layer: (row.kernel, row.reason) for row in made.layers}
     assert rows["first"] == ("Fully Connected (NC, QS8, QC8W) GEMM", "")
-    assert rows["dead"][0] == "Fully Connected (NC, F32) GEMM"
-    assert rows["dead"][1].startswith("XNNPACK has no kernel from codes")
+    assert rows["dead"] == rows["first"]
+
+
+class Shifted(nn.Module):
+    """A convolution and a linear layer with biases that the input decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(2, 4, 1, bias=False), nn.Linear(4, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.conv2d(x, self.conv.weight, x.sum((0, 1, 2))).mean((2, 3))
+        return nn.functional.linear(y, self.linear.weight, x.sum((0, 1, 2))[:3])
+
+
+def test_layers_without_an_integer_kernel_multiply_real_numbers(
+    calibrated: Made, uniform: Made
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 4, 4)
+    candidates = [Precision.parse("w8a8")]
+    plan = uniform(calibrated(trace(Shifted(), x), [x], "executorch", candidates=candidates))
+    form = to_xnnpack_form(plan, EXECUTORCH.rules)
+    (conv,) = calls(form, aten.conv2d.default)
+    (linear,) = calls(form, aten.linear.default)
+    assert conv.args[1].op == "get_attr"
+    assert get_tensor(form, conv.args[1].target).dtype is torch.float32
+    # XNNPACK multiplies real numbers by codes in linear layers; the bias comes behind.
+    assert linear.args[1].target is decomposed.dequantize_per_channel.default
+    assert len(linear.args) == 2
+    (sum_,) = linear.users
+    assert sum_.target is aten.add.Tensor
+    assert torch.allclose(form(x), run_batch(plan, x)[0], atol=1e-5)
+
+
+class Rows(nn.Module):
+    """Linear layers, normalisation between sums, and a layer of an odd number of inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 32, bias=False)
+        self.d, self.e, self.f = nn.Linear(32, 33), nn.Linear(33, 8), nn.Linear(8, 3)
+        self.norm = nn.LayerNorm(64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x + self.b(torch.relu(self.a(x))))
+        return self.f(torch.relu(self.e(self.d(torch.tanh(self.c(x))))))
+
+
+CHOICES = {"a": "w8a8dt", "b": "w8a8", "c": "w4b32a8dt", "d": "w4", "e": "w4a8dt", "f": "w8"}
+
+
+@pytest.fixture(scope="module")
+def mixed(calibrated: Made) -> tuple[fx.GraphModule, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 64) + 0.5
+    candidates = [Precision.parse(name) for name in dict.fromkeys(CHOICES.values())]
+    graph = calibrated(trace(Rows().eval(), x), [x], "executorch", candidates=candidates)
+    return with_choices(graph, CHOICES), x
+
+
+def test_each_kind_of_range_has_its_form(mixed: tuple[fx.GraphModule, Tensor]) -> None:
+    plan, x = mixed
+    form = to_xnnpack_form(plan, EXECUTORCH.rules)
+    # Torch finds ranges of rows in float64.
+    assert agreement_db(list(run_batch(plan, x)), [form(x)]) > 35
+    rows, real = decomposed.dequantize_per_token.default, decomposed.dequantize_per_tensor.default
+    layers = calls(form, aten.linear.default)
+    read = [node.args[0].target for node in layers]
+    assert read == [rows, real, rows, aten.tanh.default, rows, aten.relu.default]
+    # Behind weight-only layers the bias is added.
+    assert [len(node.args) for node in layers] == [3, 3, 3, 2, 3, 2]
+    blocks, channels = (
+        getattr(decomposed, f"dequantize_per_channel{ending}").default for ending in ("_group", "")
+    )
+    assert [node.args[1].target is blocks for node in layers] == [False, False, True] + [False] * 3
+    assert all(node.args[1].target in (blocks, channels) for node in layers)
+    assert layers[4].args[1].args[4:6] == (-128, 127)
+    shown = [node.meta["layer"] for node in form.graph.nodes if "layer" in node.meta]
+    assert shown == [node.name for node in layers if node is not layers[1]]
+
+
+def test_ranges_of_rows_and_weight_only_layers_run(mixed: tuple[fx.GraphModule, Tensor]) -> None:
+    plan, x = mixed
+    made = convert(plan, verify=[x])
+    rows = {row.layer: row.kernel for row in made.layers}
+    assert rows == {
+        "a": "Fully Connected (NC, QDU8, F32, QC8W) GEMM",
+        "b": "Fully Connected (NC, QS8, QC8W) GEMM",
+        "c": "Fully Connected (NC, QDU8, F32, QB4W) GEMM",
+        "d": "Fully Connected (NC, F32, QC4W) GEMM",
+        "e": "Fully Connected (NC, QDU8, F32, QC8W) GEMM",
+        "f": "Fully Connected (NC, F32, QC8W) GEMM",
+    }
+    reasons = [row.reason for row in made.layers if row.reason]
+    assert reasons == ["stored in 8 bits: XNNPACK takes 4-bit weights of even numbers of inputs"]
+    agreements = layer_agreements(plan, made, x)
+    assert {entry.layer for entry in agreements} == {*CHOICES, ""}
+    # Scales of blocks are stored in bfloat16.
+    assert all(entry.sqnr_db > (50 if entry.layer == "c" else 60) for entry in agreements)
 
 
 class Signal(nn.Module):
