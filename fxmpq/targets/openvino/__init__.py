@@ -52,10 +52,10 @@ def _target(name: str, float_type: str, description: str) -> Target:
         # Each operand of an add has a scale of its own.
         joins=("shared_weight", "shared_input"),
         through=frozenset({aten.max_pool2d.default}),
-        # Products are multiplied in int8 if their operands are signed codes, or unsigned ones that
-        # begin at zero. In front of what splits heads the layer before writes them.
+        # Products are multiplied in int8 if their operands are signed codes, the first one unsigned
+        # codes that begin at zero. In front of what splits heads the layer before writes them.
         symmetric_inputs_of=frozenset({"matmul"}),
-        unsigned_outputs_of=frozenset({"softmax", "_safe_softmax"}),
+        unsigned_outputs_of=frozenset({"softmax", "_safe_softmax", "relu", "sigmoid"}),
         product_through=_VIEWS,
     )
 

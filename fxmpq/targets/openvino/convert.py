@@ -52,7 +52,8 @@ def convert_openvino(
     """
     options = compile_options(float_type)
     model = openvino_model(rewritten_program(to_qdq(graph, _READ_NARROW)))
-    name_layers(model, [layer for layer, _ in layers_of(graph)])
+    layers = [layer for layer, _ in layers_of(graph)]
+    name_layers(model, layers)
     name_products(model, _products(graph))
     model.set_rt_info(options[_STORABLE_OPTION], ["runtime_options", _STORABLE_OPTION])
     files = () if output is None else _write(model, options, output)
@@ -70,7 +71,7 @@ def convert_openvino(
         return exposed()(batch)
 
     loaded(state_of(graph).example)
-    kernels = Kernels(loaded.compiled.get_runtime_model())
+    kernels = Kernels(loaded.compiled.get_runtime_model(), layers)
     reports = layer_reports(graph, kernels.of_quantized, kernels.of_float)
     return Converted(name, run, loaded, files, reports, layer_values=layer_values)
 

@@ -10,7 +10,7 @@ import openvino as ov
 
 from fxmpq.formats import Precision
 from fxmpq.graph.state import Layer, Member, Product
-from fxmpq.targets.openvino.translate import codes_name, quantization_name
+from fxmpq.targets.openvino.translate import codes_name, quantization_name, widened_name
 
 _LAYERS = frozenset(
     {
@@ -108,23 +108,29 @@ class Kernels:
     Args:
         executed: `CompiledModel.get_runtime_model()` of a model whose layers are named. Kernels
             for free sizes are only chosen when the model runs, so it should have run once.
+        layers: By their indices: where the runtime lost a layer's name, as in front of a
+            subtraction, its kernel is the one that reads its codes.
     """
 
     executed: InitVar[ov.Model]
+    layers: InitVar[Sequence[Layer]] = ()
     _found: dict[str, list[_Kernel]] = field(default_factory=dict, init=False)
 
-    def __post_init__(self, executed: ov.Model) -> None:
+    def __post_init__(self, executed: ov.Model, layers: Sequence[Layer]) -> None:
         """Collect the kernels by the names of what they compute."""
+        readers: dict[str, list[_Kernel]] = {}
         for node in executed.get_ordered_ops():
-            info = node.get_rt_info()
-            kernel = _Kernel(
-                *(str(info[k].value) for k in ("layerType", "primitiveType", "runtimePrecision"))
-            )
-            if kernel.kind in _EXECUTED:
-                for name in str(info["originalLayersNames"].value).split(","):
-                    # The runtime appends what it fused to names, as `/DequantizationMultiply`.
-                    found = self._found.setdefault(name.partition("/")[0], [])
-                    found += [kernel] if kernel not in found else []
+            kernel = _kernel_of(node)
+            if kernel.kind not in _EXECUTED:
+                continue
+            for name in str(node.get_rt_info()["originalLayersNames"].value).split(","):
+                # The runtime appends what it fused to names, as `/DequantizationMultiply`.
+                _add(self._found, name.partition("/")[0], kernel)
+            for operand in node.input_values():
+                _add(readers, operand.get_node().get_friendly_name(), kernel)
+        for index, layer in enumerate(layers):
+            found = [*readers.get(codes_name(index), []), *readers.get(widened_name(index), [])]
+            self._found.setdefault(_readable(layer.name), found)
 
     def of_quantized(self, layer: Member, precision: Precision) -> tuple[str, str]:
         """A quantized layer's kernel, and why it differs from what was asked where it does."""
@@ -147,6 +153,18 @@ class Kernels:
         found = self._found.get(_readable(member.name), [])
         is_product = isinstance(member, Product)
         return [kernel for kernel in found if is_product or kernel.kind != "Subgraph"]
+
+
+def _kernel_of(node: ov.Node) -> _Kernel:
+    """What runs for a node of the graph that is executed."""
+    keys = ("layerType", "primitiveType", "runtimePrecision")
+    return _Kernel(*(str(node.get_rt_info()[key].value) for key in keys))
+
+
+def _add(found: dict[str, list[_Kernel]], name: str, kernel: _Kernel) -> None:
+    """Note a kernel under a name, once."""
+    kernels = found.setdefault(name, [])
+    kernels += [kernel] if kernel not in kernels else []
 
 
 def _text(kernels: Sequence[_Kernel]) -> str:

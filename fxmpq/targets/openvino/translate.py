@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from fxmpq.errors import TargetError
 from fxmpq.graph.export import quiet_torch
 from fxmpq.targets import qdq  # noqa: F401  (registers torch.ops.fxmpq)
+from fxmpq.targets.openvino.intervals import interval
 
 aten = torch.ops.aten
 
@@ -57,7 +58,8 @@ def openvino_model(program: ExportedProgram) -> ov.Model:
         frontend.add_extension(ConversionExtension(name, translation))
     with quiet_torch():
         # The decoder and what was loaded from it are read until the conversion is over.
-        decoder = TorchFXPythonDecoder(_flat_graph(program))
+        graph, outputs = _flat_graph(program)
+        decoder = TorchFXPythonDecoder(graph)
         try:
             loaded = frontend.load(decoder)
             model = frontend.convert(loaded)
@@ -68,6 +70,8 @@ def openvino_model(program: ExportedProgram) -> ov.Model:
                 "'onnxruntime' may, and 'reference' does"
             ) from error
     _drop_copies(model)
+    for result in model.get_results()[outputs:]:
+        model.remove_result(result)
     _shape_biases(model)
     _name_by_order(model)
     return model
@@ -78,13 +82,22 @@ def codes_name(layer: int) -> str:
     return f"layer {layer}/codes"
 
 
+def widened_name(layer: int) -> str:
+    """Name of what widens these codes, and of the constant that the runtime makes of it."""
+    return f"{codes_name(layer)}/widened"
+
+
 def quantization_name(index: int) -> str:
     """Name of the operation that quantizes an activation, by its index."""
     return f"activation {index}"
 
 
-def _flat_graph(program: ExportedProgram) -> fx.GraphModule:
-    """Decompose what OpenVINO has no operator for; keep tensors only among inputs and outputs."""
+def _flat_graph(program: ExportedProgram) -> tuple[fx.GraphModule, int]:
+    """Decompose what OpenVINO has no operator for; keep tensors only among inputs and outputs.
+
+    Returns:
+        The graph, and how many outputs it has: what lies behind them is to be dropped.
+    """
     table = default_decompositions()
     # Taken apart to batches of matrices, a product is no more found by what fuses attention.
     for operator in {*ops_to_not_decompose(), aten.matmul.default} & set(table):
@@ -93,15 +106,18 @@ def _flat_graph(program: ExportedProgram) -> fx.GraphModule:
     assert isinstance(graph, fx.GraphModule)
     output = graph.graph.output_node()
     leaves = [leaf for leaf in pytree.tree_leaves(output.args) if _is_tensor(leaf)]
-    with graph.graph.inserting_before(output):
-        # The frontend takes no value twice among the outputs; `_drop_copies` removes these.
-        output.args = (tuple(_copy(graph, leaf) for leaf in leaves),)
     for node in graph.graph.find_nodes(op="placeholder"):
         if not _is_tensor(node):
             graph.graph.erase_node(node)
+    first = next(iter(graph.graph.find_nodes(op="placeholder")))
+    # The frontend drops a first input that nothing reads: it takes it for a module's `self`.
+    read = leaves if first.users else [*leaves, first]
+    with graph.graph.inserting_before(output):
+        # The frontend takes no value twice among the outputs; `_drop_copies` removes these.
+        output.args = (tuple(_copy(graph, leaf) for leaf in read),)
     graph.graph.set_codegen(fx.graph.CodeGen())
     graph.recompile()
-    return graph
+    return graph, len(leaves)
 
 
 def _is_tensor(value: object) -> bool:
@@ -167,8 +183,7 @@ def _fake_quantize(context: NodeContext) -> list[ov.Output]:
     scale = float(context.get_values_from_const_input(1))
     zero_point, bits, index = _constants(context, 2, 3, 4)
     levels = 1 << bits
-    low = opset13.constant(np.float32(-zero_point * scale))
-    high = opset13.constant(np.float32((levels - 1 - zero_point) * scale))
+    low, high = (opset13.constant(end) for end in interval(scale, zero_point, levels))
     found = opset13.fake_quantize(context.get_input(0), low, high, low, high, levels)
     found.set_friendly_name(quantization_name(index))
     return list(found.outputs())
@@ -182,6 +197,7 @@ def _widened_codes(context: NodeContext) -> list[ov.Output]:
     codes = opset13.convert(stored, "i8")
     if shift:
         codes = opset13.subtract(codes, opset13.constant(np.int8(shift)))
+    codes.set_friendly_name(widened_name(*_constants(context, 2)))
     return list(codes.outputs())
 
 

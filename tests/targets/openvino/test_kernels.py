@@ -11,7 +11,7 @@ from fxmpq.formats import Precision
 from fxmpq.graph.state import Layer, Product
 from fxmpq.targets.openvino.compiled import compile_options
 from fxmpq.targets.openvino.kernels import Kernels, name_layers, name_products
-from fxmpq.targets.openvino.translate import codes_name, quantization_name
+from fxmpq.targets.openvino.translate import codes_name, quantization_name, widened_name
 
 NAMES = ["first", "second", "third", "table"]
 
@@ -31,7 +31,10 @@ def codes_of(index: int, rows: int, columns: int) -> ov.Node:
 def weight(index: int, rows: int, columns: int, *, widened: bool) -> ov.Node:
     """Stored codes in real numbers."""
     stored = codes_of(index, rows, columns)
-    real = opset13.convert(opset13.convert(stored, "i8") if widened else stored, "f32")
+    if widened:
+        stored = opset13.convert(stored, "i8")
+        stored.set_friendly_name(widened_name(index))
+    real = opset13.convert(stored, "f32")
     return opset13.multiply(real, opset13.constant(np.full((rows, 1), 0.1, np.float32)))
 
 
@@ -135,6 +138,24 @@ def test_float_layers_are_found_by_their_own_weights() -> None:
     kernels = Kernels(compiled.get_runtime_model())
     assert kernels.of_float(layer("own")).startswith("FullyConnected ")
     assert kernels.of_float(twice[0]) == "float"
+
+
+def test_a_kernel_that_lost_its_name_is_found_by_its_codes() -> None:
+    """What subtracts a layer's result takes its bias, and its name with it."""
+    x, other = (opset13.parameter([-1, 64], np.float32) for _ in range(2))
+    real = opset13.matmul(quantized(x), weight(0, 64, 64, widened=True), False, True)
+    real = opset13.add(real, opset13.constant(np.ones((1, 64), np.float32)))
+    model = ov.Model([opset13.relu(opset13.subtract(other, real))], [x, other])
+    lost = layer("lost")
+    name_layers(model, [lost])
+    compiled = ov.Core().compile_model(model, "CPU", compile_options("f32"))
+    compiled([np.ones((2, 64), np.float32)] * 2)
+    executed = compiled.get_runtime_model()
+    assert Kernels(executed).of_quantized(lost, Precision(4, 8))[0] == "unknown"
+    kernel, reason = Kernels(executed, [lost]).of_quantized(lost, Precision(4, 8))
+    assert kernel.startswith("FullyConnected ")
+    assert kernel.lower().endswith("i8")
+    assert reason == ""
 
 
 def test_names_with_separators_are_found() -> None:

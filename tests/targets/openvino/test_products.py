@@ -113,3 +113,39 @@ def test_a_product_of_other_tensors_has_an_integer_kernel(calibrated: Made, unif
     assert (name, reason) == ("matmul", "")
     assert kernel.startswith("MatMul ")
     assert kernel.lower().endswith("i8")
+
+
+class Clipped(nn.Module):
+    """A product of two tensors without negative values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = self.left(x).relu().view(2, -1, 4, 16).transpose(1, 2)
+        right = self.right(x).sigmoid().view(2, -1, 4, 16).permute(0, 2, 3, 1)
+        return torch.matmul(left, right)
+
+
+def test_the_first_operand_is_unsigned_where_it_is_never_negative(
+    calibrated: Made, uniform: Made
+) -> None:
+    """The second one is signed: there is no integer kernel for an unsigned one."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 32, 64)
+    candidates = [Precision(8, 8)]
+    traced = trace(Clipped().eval(), x)
+    graph = uniform(calibrated(traced, [x], "openvino", candidates=candidates, products=True))
+    ranges = {
+        str(node.args[0].name): graph.get_submodule(str(node.target)).ranges["uint8"].zero_point
+        for node in graph.graph.nodes
+        if node.op == "call_module"
+        and isinstance(graph.get_submodule(str(node.target)), ActivationQuantizer)
+    }
+    assert (ranges["relu"], ranges["sigmoid"]) == (0, 128)
+    converted = convert(graph, verify=[x])
+    ((name, kernel, reason),) = products(converted)
+    assert (name, reason) == ("matmul", "")
+    assert kernel.lower().endswith("i8")
+    assert converted.sqnr_db > 100

@@ -140,6 +140,23 @@ def test_biases_are_stored_in_their_shape_and_names_are_reproducible(
     assert len(set(names[0])) == len(names[0])
 
 
+class Choosy(nn.Module):
+    """Reads one of its inputs alone."""
+
+    def forward(self, first: Tensor, second: Tensor, third: Tensor) -> Tensor:
+        return third * 2
+
+
+def test_inputs_that_nothing_reads_stay() -> None:
+    inputs = torch.ones(2, 3), torch.ones(2), torch.full((2, 4), 3.0)
+    made = openvino_model(exported(Choosy(), *inputs))
+    assert [value.any_name for value in made.inputs] == ["first", "second", "third"]
+    compiled = ov.Core().compile_model(made, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = compiled([tensor.numpy() for tensor in inputs])
+    assert len(found) == 1
+    np.testing.assert_array_equal(found[0], np.full((2, 4), 6.0))
+
+
 class Repeating(nn.Module):
     """Returns its input, a parameter and one value several times, also under other names."""
 
