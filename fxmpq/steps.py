@@ -95,7 +95,9 @@ def cost(
     sample of the traced sizes; for two where the trace, which has two, fixed the batch size. They
     are of CPU time where torch computes in one thread, else of the time that passes.
     `fxmpq.costs.latency` says what is modelled. It takes minutes the first time; what was measured
-    is kept in `fxmpq.costs.latency.store.cache_folder()`. `activation_memory` adds the most bytes
+    is kept in `fxmpq.costs.latency.store.cache_folder()`. `file_size` adds the bytes of all files
+    that `convert` writes, predicted from those of the float model and of each candidate's uniform
+    plan, which are written to a temporary folder. `activation_memory` adds the most bytes
     of activations that are alive at once, and `energy` an estimate in picojoules, both for one
     sample and without running anything.
 
@@ -139,9 +141,9 @@ def cost(
             f"as fxmpq.cost(graph, '{state.target}.toml', metric={wanted[0]!r})"
         )
     names = further_of(found, wanted)
-    return with_further(
-        table, names, Subject(graph, found.rules, runtime_of(found), progress=progress)
-    )
+    write = found.write or found.convert
+    subject = Subject(graph, found.rules, write, runtime_of(found), progress=progress)
+    return with_further(table, names, subject)
 
 
 def further_of(target: Target, metrics: Iterable[str]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from torch import fx
 
 from fxmpq.costs.activation_memory import activation_memory
 from fxmpq.costs.energy import energy
+from fxmpq.costs.file_size import Write, file_size
 from fxmpq.costs.latency.cost import latency_cost
 from fxmpq.costs.latency.runtime import Runtime
 from fxmpq.costs.parts import MetricParts
@@ -24,12 +25,14 @@ class Subject:
     Args:
         graph: From `prepare` or later; not changed.
         rules: Of the target it was prepared for.
+        write: Writes the files that `convert` writes for the target.
         runtime: What runs the target's models; `None` if nothing on this machine does.
         progress: Whether to show progress bars.
     """
 
     graph: fx.GraphModule
     rules: TargetRules
+    write: Write
     runtime: Runtime | None = None
     progress: bool = False
 
@@ -58,12 +61,17 @@ def _activation_memory(subject: Subject) -> MetricParts:
     return activation_memory(subject.graph, subject.rules)
 
 
+def _file_size(subject: Subject) -> MetricParts:
+    return file_size(subject.graph, subject.write, progress=subject.progress)
+
+
 def _energy(subject: Subject) -> MetricParts:
     return energy(subject.graph)
 
 
 FURTHER: Mapping[str, FurtherMetric] = {
     "latency": FurtherMetric(_latency, "ms", is_measured=True),
+    "file_size": FurtherMetric(_file_size, "B"),
     "activation_memory": FurtherMetric(_activation_memory, "B"),
     "energy": FurtherMetric(_energy, "pJ"),
 }

@@ -86,4 +86,5 @@ def build_report(
         files={path.name: path.stat().st_size for path in converted.files},
         fixed_sizes=state_of(quantized.graph).fixed_sizes,
         cost_units=units_of(quantized.costs.metrics, quantized.target.metrics),
+        parts=converted.parts,
     )

@@ -17,7 +17,7 @@ from fxmpq.graph.layers import place_of
 from fxmpq.graph.state import GraphState, Group, Layer, LeftFloat, Member, require
 from fxmpq.quantizers.modules import ActivationQuantizer
 from fxmpq.report.sizes import fixed_size_lines
-from fxmpq.report.wording import counted, percent
+from fxmpq.wording import counted, percent
 
 _FLOAT = Precision()
 _INDENT = 4

@@ -16,7 +16,7 @@ from fxmpq.report.refinements import WHOLE_MODEL, refinement_grid, refinement_ro
 from fxmpq.report.report import Report
 from fxmpq.report.sizes import fixed_size_lines
 from fxmpq.report.tables import comparison_columns, comparison_rows, own_cost_lines
-from fxmpq.report.wording import counted, decibels, percent
+from fxmpq.wording import counted, decibels, percent
 
 _TEMPLATE = "report.html.jinja"
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from fxmpq.errors import BatchError
 from fxmpq.graph.batches import Batch
 from fxmpq.graph.run import float_outputs
-from fxmpq.report.wording import change, percent, points
+from fxmpq.wording import change, percent, points
 
 Run = Callable[[Batch], Sequence[object]]
 """Takes a batch as the model does and returns its flat outputs."""

@@ -17,7 +17,7 @@ from fxmpq.report.compare import FLOAT, MIXED
 from fxmpq.report.metrics import METRICS
 from fxmpq.report.report import Entry, LayerRow, Report
 from fxmpq.report.style import BLUE, GREY, GRID, INK, SKY, STYLE, VERMILION, svg_text
-from fxmpq.report.wording import shortened
+from fxmpq.wording import shortened
 
 # One hue from light to dark: length and shade say the same.
 _BIT_COLOURS = ("#BBD7EC", "#9CC6E4", "#79B2DA", "#569DCF", "#3587C0", "#1B76B4", "#0A5A94")

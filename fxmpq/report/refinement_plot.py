@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from fxmpq.report.refinements import WHOLE_MODEL, Cell, RefinementGrid, refinement_grid
 from fxmpq.report.report import Report
 from fxmpq.report.style import BLUE, GREY, GRID, STYLE, VERMILION, svg_text
-from fxmpq.report.wording import shortened
+from fxmpq.wording import shortened
 
 
 def draw_refinement(report: Report) -> Figure:

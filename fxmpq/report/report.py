@@ -11,6 +11,7 @@ from typing import TypeVar
 from fxmpq.artefact import check_fields, dump_json, load_json
 from fxmpq.errors import FileFormatError
 from fxmpq.graph.state import FixedSize
+from fxmpq.targets.target import FileParts
 
 SCHEMA = "fxmpq.report"
 VERSION = 2
@@ -133,6 +134,7 @@ class Report:
         files: Bytes of the written files by name.
         fixed_sizes: Sizes of samples and sequences that the export fixed, and why.
         cost_units: Units of `Entry.costs`, where they are known.
+        parts: What the bytes of the main file are spent on, where the target tells.
 
     Examples:
         >>> entry = Entry(0.9, 30.0, weight_bytes=1000, bops=64, latency_ms=1.0)
@@ -165,6 +167,7 @@ class Report:
     files: Mapping[str, int] = field(default_factory=dict)
     fixed_sizes: tuple[FixedSize, ...] = ()
     cost_units: Mapping[str, str] = field(default_factory=dict)
+    parts: FileParts | None = None
 
     @property
     def is_predicting(self) -> bool:
@@ -206,6 +209,8 @@ class Report:
         found["curve"] = _items(CurvePoint, found.get("curve", []))
         found["refinements"] = _items(RefinementRow, found.get("refinements", []))
         found["fixed_sizes"] = _items(FixedSize, found.get("fixed_sizes", []))
+        if found.get("parts") is not None:
+            found["parts"] = _item(FileParts, found["parts"])
         return cls(**found)  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ from fxmpq.report.metrics import METRICS
 from fxmpq.report.refinements import WHOLE_MODEL, refinement_grid, refinement_rows_text
 from fxmpq.report.report import Report
 from fxmpq.report.sizes import fixed_size_lines
-from fxmpq.report.wording import counted, decibels, in_unit, percent, shortened
+from fxmpq.wording import counted, decibels, in_unit, percent, shortened
 
 _COLUMNS = ("SQNR", "weights", "share", "BOPs", "share", "latency")
 """Headings of the comparison behind the score and its difference; `share` is of float."""
@@ -158,8 +158,8 @@ def own_cost_lines(report: Report) -> list[str]:
 def print_tables(report: Report, console: Console) -> None:
     """Print the layers, what refinement did to them if it was done, then the comparison.
 
-    What the models cost in metrics that not every target has follows, then sizes that the export
-    fixed, with its reason.
+    What the models cost in metrics that not every target has follows, then what the mixed model's
+    file is spent on, and sizes that the export fixed, with its reason.
 
     Args:
         report: From `build_report`.
@@ -171,7 +171,9 @@ def print_tables(report: Report, console: Console) -> None:
         console.print(refinement_table(report, name_length=_REFINED_NAME))
     console.print()
     console.print(comparison_table(report))
-    for line in [*own_cost_lines(report), *fixed_size_lines(report.fixed_sizes)]:
+    file_lines = [] if report.parts is None else [f"main file: {report.parts}"]
+    sizes = fixed_size_lines(report.fixed_sizes)
+    for line in [*own_cost_lines(report), *file_lines, *sizes]:
         console.print(line, markup=False, highlight=False)
 
 

@@ -47,15 +47,16 @@ def make_exportable(graph: fx.GraphModule) -> int:
     return replaced
 
 
-def return_computed_alone(graph: fx.GraphModule) -> None:
-    """Let a graph return what it computes and no constants, as `None` or a number, in place.
+def return_tensors_alone(graph: fx.GraphModule) -> None:
+    """Let a graph return the tensors that it computes, and no `None`, number or size, in place.
 
     Args:
-        graph: A lowered graph. Where it returns constants, it then returns a tuple of the rest.
+        graph: A lowered graph. Where it returns something else too, it then returns a tuple of
+            the tensors.
     """
     output = graph.graph.output_node()
     leaves = pytree.tree_leaves(output.args)
-    kept = tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node))
+    kept = tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node) and not _is_number(leaf))
     if len(kept) == len(leaves):
         return
     output.args = (kept,)
@@ -64,3 +65,9 @@ def return_computed_alone(graph: fx.GraphModule) -> None:
     structure = found.pytree_info._replace(out_spec=pytree.tree_structure(kept))
     graph.graph.set_codegen(CallStructure(structure))
     graph.recompile()
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether a node computes a number of Python's, as a free size."""
+    value = node.meta.get("val")
+    return isinstance(value, (bool, int, float, torch.SymBool, torch.SymInt, torch.SymFloat))

@@ -73,6 +73,8 @@ def store_tensor(graph: fx.GraphModule, name: str, tensor: Tensor, before: fx.No
 
 def _holds(graph: fx.GraphModule, name: str, tensor: Tensor) -> bool:
     found = getattr(graph, name, None)
+    if found is tensor:
+        return True
     if not isinstance(found, Tensor) or found.dtype is not tensor.dtype:
         return False
     if tensor.dtype.itemsize == 1:

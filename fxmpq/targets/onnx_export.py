@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import fx
 
 from fxmpq.errors import TargetError
 from fxmpq.graph.export import quiet_torch
-from fxmpq.targets.exportable import make_exportable, return_computed_alone
+from fxmpq.targets.exportable import make_exportable, return_tensors_alone
 from fxmpq.targets.program import rewritten_program
 
 Translations = Mapping[Callable[..., object], Callable[..., object]]
 """How operators of one's own are written in ONNX: by overload, functions of onnxscript."""
+
+_LARGEST = 2**31 - 1
+"""Bytes that one file may have: what readers of its format take."""
 
 
 def export_onnx(graph: fx.GraphModule, translations: Translations, opset: int) -> ir.Model:
@@ -35,7 +39,7 @@ def export_onnx(graph: fx.GraphModule, translations: Translations, opset: int) -
         TargetError: If torch's ONNX exporter has no translation for a node, naming it.
     """
     make_exportable(graph)
-    return_computed_alone(graph)
+    return_tensors_alone(graph)
     program = rewritten_program(graph)
     with quiet_torch(), torch.no_grad():
         try:
@@ -54,6 +58,24 @@ def export_onnx(graph: fx.GraphModule, translations: Translations, opset: int) -
     for node in ir.traversal.RecursiveGraphIterator(exported.model.graph):
         node.metadata_props.clear()
     return exported.model
+
+
+def check_size(proto: onnx.ModelProto) -> None:
+    """Refuse a model that one file cannot hold.
+
+    Args:
+        proto: A model about to be written, with all data inside.
+
+    Raises:
+        TargetError: If its stored tensors have 2 GiB or more.
+    """
+    size = sum(len(entry.raw_data) for entry in proto.graph.initializer)
+    if size > _LARGEST:
+        raise TargetError(
+            f"the stored tensors have {size / 1e9:.2f} GB, and an ONNX file holds "
+            f"{_LARGEST / 1e9:.2f} GB. Store more layers in fewer bits; or take the target "
+            "'openvino' or 'reference', whose files may be larger"
+        )
 
 
 def write_onnx(serialized: bytes, output: Path) -> Path:

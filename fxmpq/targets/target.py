@@ -13,6 +13,7 @@ from fxmpq.costs.figures import MetricFigures
 from fxmpq.costs.latency.runtime import Conditions, Run
 from fxmpq.graph.batches import Batch
 from fxmpq.graph.rules import TargetRules
+from fxmpq.wording import counted
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class FileParts:
 
     Examples:
         >>> print(FileParts(weights=273_784, parameters=3_176, graph=11_216))
-        288 kB = 274 kB weights + 3 kB other parameters + 11 kB graph
+        288 kB = 274 kB weights + 3.18 kB other parameters + 11.2 kB graph
     """
 
     weights: int
@@ -67,10 +68,9 @@ class FileParts:
     graph: int
 
     def __str__(self) -> str:
-        """The parts in kB, as a sum."""
-        total = self.weights + self.parameters + self.graph
-        kilobytes = [f"{size / 1000:.0f} kB" for size in (total, *vars(self).values())]
-        whole, weights, parameters, graph = kilobytes
+        """The parts as a sum."""
+        sizes = (self.weights, self.parameters, self.graph)
+        whole, weights, parameters, graph = (counted(size, "B") for size in (sum(sizes), *sizes))
         return f"{whole} = {weights} weights + {parameters} other parameters + {graph} graph"
 
 
@@ -126,6 +126,8 @@ class Target:
             work for measuring its latency.
         conditions: What decides how fast its models run besides, by name.
         check: Raises where this machine lacks what is no package, before any work is done.
+        write: Writes a planned graph's files to a folder as `convert` does, where that is less
+            work.
     """
 
     rules: TargetRules
@@ -137,6 +139,7 @@ class Target:
     load: Callable[[fx.GraphModule], Run] | None = None
     conditions: Callable[[], Conditions] | None = None
     check: Callable[[], None] | None = None
+    write: Callable[[fx.GraphModule, Path], object] | None = None
 
     @property
     def name(self) -> str:

@@ -38,7 +38,8 @@ def subject(monkeypatch: pytest.MonkeyPatch) -> Subject:
     }
     monkeypatch.setattr("fxmpq.costs.further.FURTHER", {**FURTHER, **table})
     graph = fxmpq.trace(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), torch.ones(2, 2))
-    return Subject(fxmpq.prepare(graph, REFERENCE, candidates=_NAMES), REFERENCE.rules)
+    prepared = fxmpq.prepare(graph, REFERENCE, candidates=_NAMES)
+    return Subject(prepared, REFERENCE.rules, REFERENCE.convert)
 
 
 def test_sums_and_peaks_are_added(subject: Subject) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,12 @@ def test_a_users_decoder_runs_in_blocks_and_has_a_perplexity(
     assert report.entries["w8b32"].score == pytest.approx(base, rel=0.01)
     kernels = {row.kernel for row in report.layers}
     assert {"MatMulNBits", "GatherBlockQuantized"} <= kernels
-    assert "ppl." in console.file.getvalue()
+    printed = console.file.getvalue()
+    assert "ppl." in printed
+    assert report.parts is not None
+    assert report.parts.weights == report.entries["mixed"].weight_bytes
+    assert sum(asdict(report.parts).values()) == report.files["model.onnx"]
+    assert f"main file: {report.parts}" in printed
     assert "perplexity" in (tmp_path / "report.html").read_text()
 
 

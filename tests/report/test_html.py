@@ -9,6 +9,7 @@ import pytest
 
 from fxmpq.report.html import highlights, render_html, save_html
 from fxmpq.report.report import RefinementRow, Report
+from fxmpq.targets.target import FileParts
 
 VOID = {"meta", "use", "path", "rect", "line", "br"}
 
@@ -90,6 +91,12 @@ def test_a_prediction_of_a_refined_model_says_what_it_is_of(report: Report) -> N
     assert found["output SQNR"] == "predicted before refinement 26.0 dB"
     assert "best plans, predicted before refinement" in render_html(refined)
     assert "best plans, predicted before" not in render_html(report)
+
+
+def test_what_the_main_file_is_spent_on_is_told_where_it_is_known(report: Report) -> None:
+    assert "main file" not in render_html(report)
+    told = replace(report, parts=FileParts(weights=150_000, parameters=900, graph=11_216))
+    assert f"<dt>main file</dt><dd>{told.parts}</dd>" in render_html(told)
 
 
 def test_it_is_written_to_a_file(report: Report, tmp_path: Path) -> None:

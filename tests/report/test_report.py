@@ -9,6 +9,7 @@ import pytest
 
 from fxmpq.errors import FileFormatError
 from fxmpq.report.report import LayerRow, RefinementRow, Report, finite_or_none
+from fxmpq.targets.target import FileParts
 
 
 def test_it_survives_a_file(report: Report, tmp_path: Path) -> None:
@@ -71,6 +72,16 @@ def test_an_infinite_perplexity_survives_a_file(report: Report) -> None:
 @pytest.mark.parametrize(("group", "shared"), [("a", False), ("b", True), ("", False)])
 def test_a_layer_is_shared_where_another_names_its_group(group: str, shared: bool) -> None:
     assert LayerRow("a", group, "w8a8", 1.0, 1, 1, "kernel").is_shared is shared
+
+
+def test_the_parts_of_a_file_survive_one(report: Report) -> None:
+    told = replace(report, parts=FileParts(weights=3, parameters=2, graph=1))
+    assert Report.from_json(told.to_json()) == told
+    content = json.loads(told.to_json())
+    with pytest.raises(FileFormatError, match="expected a FileParts as an object"):
+        Report.from_json(json.dumps({**content, "parts": [3, 2, 1]}))
+    del content["parts"]
+    assert Report.from_json(json.dumps(content)) == report
 
 
 def test_refinements_survive_a_file_and_older_files_have_none(report: Report) -> None:

@@ -14,6 +14,7 @@ from fxmpq.report.tables import (
     layer_table,
     print_tables,
 )
+from fxmpq.targets.target import FileParts
 
 
 def printed(report: Report, width: int) -> list[str]:
@@ -160,3 +161,10 @@ def test_refinement_has_a_table_where_it_was_done(report: Report) -> None:
         "whole model 9.5 +1.5",
     ]
     assert lines[start + 6].startswith("On 4,000 test samples")
+
+
+def test_what_the_main_file_is_spent_on_is_told_where_it_is_known(report: Report) -> None:
+    assert not any(line.startswith("main file") for line in printed(report, 80))
+    told = replace(report, parts=FileParts(weights=150_000, parameters=900, graph=11_216))
+    spent = "150 kB weights + 900 B other parameters + 11.2 kB graph"
+    assert printed(told, 80)[-1] == f"main file: 162 kB = {spent}"

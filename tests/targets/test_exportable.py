@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from fxmpq.graph.trace import trace
 from fxmpq.steps import apply
 from fxmpq.targets.convert import convert
-from fxmpq.targets.exportable import make_exportable, return_computed_alone
+from fxmpq.targets.exportable import make_exportable, return_tensors_alone
 
 aten = torch.ops.aten
 
@@ -80,14 +80,16 @@ class Labelled(nn.Module):
         self.fc = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> dict[str, object]:
-        return {"version": 3, "y": self.fc(x), "rest": (None, x, 2.5)}
+        return {"version": 3, "y": self.fc(x), "rest": (None, x, 2.5, x.shape[0])}
 
 
-def test_only_what_is_computed_is_returned() -> None:
+def test_only_tensors_are_returned() -> None:
     x = torch.arange(8.0).reshape(2, 4)
     graph = trace(Labelled().eval(), x)
     expected = graph(x)
-    return_computed_alone(graph)
+    # The number of samples is free, so the graph computes it.
+    assert expected["rest"][-1] == 2
+    return_tensors_alone(graph)
     y, same = graph(x)
     assert torch.equal(y, expected["y"])
     assert torch.equal(same, x)
@@ -97,13 +99,13 @@ def test_a_structure_without_constants_is_left_as_it_is(
     graph: fx.GraphModule, batch: dict[str, Tensor]
 ) -> None:
     code = graph.code
-    return_computed_alone(graph)
+    return_tensors_alone(graph)
     assert graph.code == code
     assert isinstance(graph(**batch), Tensor)
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
-def test_a_model_that_returns_constants_is_converted(
+def test_a_model_that_returns_numbers_is_converted(
     target: str, calibrated: Callable[..., fx.GraphModule]
 ) -> None:
     x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))

@@ -100,6 +100,13 @@ def test_tensors_are_stored_once_under_names_of_their_own(conv_graph: fx.GraphMo
     assert get_tensor(graph, str(integers.target)).dtype is torch.int8
 
 
+def test_what_is_not_equal_to_itself_is_stored(conv_graph: fx.GraphModule) -> None:
+    graph = copy_graph(conv_graph)
+    tensor = torch.tensor([1.0, float("nan")])
+    store_tensor(graph, "mask", tensor, graph.graph.output_node())
+    assert get_tensor(graph, "mask").isnan().tolist() == [False, True]
+
+
 def test_finishing_drops_what_no_node_reads(conv_graph: fx.GraphModule) -> None:
     graph = copy_graph(conv_graph)
     store_tensor(graph, "unused", torch.ones(3), graph.graph.output_node())

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from onnx import helper, numpy_helper
 from torch import Tensor, fx, nn
 
 from fxmpq.errors import TargetError
 from fxmpq.graph.trace import trace
+from fxmpq.targets.convert import convert
 from fxmpq.targets.lowering import lower
-from fxmpq.targets.onnx_export import export_onnx, write_onnx
+from fxmpq.targets.onnx_export import check_size, export_onnx, write_onnx
 
 
 @torch.library.custom_op("fxmpq_tests::tripled", mutates_args=())
@@ -56,6 +60,31 @@ def test_operators_of_ones_own_are_translated_and_sizes_stay_free(graph: fx.Grap
 def test_an_operator_without_translation_is_named(graph: fx.GraphModule) -> None:
     with pytest.raises(TargetError, match=r"cannot write this model: .*tripled.*'reference' takes"):
         export_onnx(lower(graph), {}, 21)
+
+
+def test_what_one_file_cannot_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [numpy_helper.from_array(np.zeros(size, np.int8), f"w{size}") for size in (600, 401)]
+    proto = helper.make_model(helper.make_graph([], "g", [], [], weights))
+    check_size(proto)
+    monkeypatch.setattr("fxmpq.targets.onnx_export._LARGEST", 1001)
+    check_size(proto)
+    monkeypatch.setattr("fxmpq.targets.onnx_export._LARGEST", 1000)
+    with pytest.raises(TargetError, match="an ONNX file holds .*'openvino' or 'reference'"):
+        check_size(proto)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_conversion_refuses_what_one_file_cannot_hold(
+    target: str,
+    calibrated: Callable[..., fx.GraphModule],
+    uniform: Callable[..., fx.GraphModule],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    planned = uniform(calibrated(trace(nn.Linear(8, 4), x), [x], target))
+    monkeypatch.setattr("fxmpq.targets.onnx_export._LARGEST", 16)
+    with pytest.raises(TargetError, match="an ONNX file holds"):
+        convert(planned)
 
 
 def test_a_file_is_written_whole_into_a_new_folder(tmp_path: Path) -> None:

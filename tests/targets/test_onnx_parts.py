@@ -4,11 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 
 from fxmpq.costs.cost import count
 from fxmpq.formats import Precision
 from fxmpq.graph.state import require
+from fxmpq.graph.trace import trace
 from fxmpq.targets.convert import convert
 
 Made = Callable[..., fx.GraphModule]
@@ -49,3 +51,30 @@ def test_layers_left_in_float_are_weights_too(
     predicted = count(left).total("weights", require(left, stage="calibrated").choices)
     assert parts is not None
     assert parts.weights == predicted
+
+
+class Tables(nn.Module):
+    """Holds integers, and numbers whose names begin as those of stored weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 4, bias=False)
+        self.scale_all = nn.Parameter(torch.rand(4))
+        self.codes_of = nn.Parameter(torch.rand(2, 4))
+        self.register_buffer("order", torch.tensor([2, 0, 3, 1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.codes_of[(x[:, 0] > 0).long()]
+        return (self.fc(x) * self.scale_all + rows)[:, self.order]
+
+
+def test_other_tensors_are_parameters_whatever_their_names(calibrated: Made, uniform: Made) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    graph = uniform(calibrated(trace(Tables(), x), [x], "tensorrt"))
+    parts = convert(graph, verify=[x]).parts
+    assert parts is not None
+    predicted = count(graph).total("weights", require(graph, stage="calibrated").choices)
+    assert parts.weights == predicted
+    # The layer got a bias, which corrects for its weights' rounding.
+    assert parts.parameters == 4 * (4 + 8 + 4) + 8 * 4

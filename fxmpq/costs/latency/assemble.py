@@ -222,11 +222,11 @@ class _Model:
 
     def _beyond(self, joint: Joint, made: bool, read: bool) -> float | None:
         """What a junction takes beyond its units alone: less than nothing where both are alike."""
-        names = tuple(
+        names = [
             name if in_codes else FLOAT
             for name, in_codes in zip(joint.codes, (made, read), strict=True)
-        )
-        both = self._piece(joint.signature, names)
+        ]
+        both = self._piece(joint.signature, joint.junction.in_graph_order(*names))
         ends = (joint.junction.producer, joint.junction.reader)
         alone = [
             self._piece(self._units[unit], (name,)) for unit, name in zip(ends, names, strict=True)

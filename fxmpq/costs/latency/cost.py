@@ -92,7 +92,7 @@ def _pairs(junction: Junction, codes: Choice, groups: Mapping[str, Group]) -> li
     sides: list[list[str]] = []
     for unit, name in zip((junction.producer, junction.reader), codes, strict=True):
         sides.append([name, FLOAT] if _is_mixed(groups[unit.group]) else [name])
-    return [(made, read) for made in sides[0] for read in sides[1]]
+    return [junction.in_graph_order(made, read) for made in sides[0] for read in sides[1]]
 
 
 def _is_mixed(group: Group) -> bool:

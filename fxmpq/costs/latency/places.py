@@ -38,17 +38,24 @@ class Junction:
         reader: Whose input it is, or which adds it to its layer's result.
         between: Names of the nodes on the way, such as a pooling or a residual sum.
         read_by: The reader's node that reads it: its layer's, or that of its sum.
+        is_reader_first: Whether the reader's layer is the first of the two in the graph, and
+            adds what is computed after it.
     """
 
     producer: Unit
     reader: Unit
     between: tuple[str, ...]
     read_by: str
+    is_reader_first: bool = False
 
     @property
     def nodes(self) -> tuple[str, ...]:
         """Names of all nodes, from the producer's to the reader's."""
         return (*self.producer.nodes, *self.between, *self.reader.nodes)
+
+    def in_graph_order(self, made: str, read: str) -> tuple[str, str]:
+        """The producer's precision and the reader's, in the order of their layers."""
+        return (read, made) if self.is_reader_first else (made, read)
 
 
 def find_units(state: GraphState) -> tuple[Unit, ...]:
@@ -68,7 +75,7 @@ def find_junctions(
 
     A unit reads another one's result as its layer's input, or as what is added to its layer's
     result: directly, past what commutes with quantization, or past one sum or concatenation that
-    the target stores in codes.
+    the target stores in codes. Where it reads it as both, in one way, that is one junction.
 
     Args:
         graph: Prepared.
@@ -87,18 +94,25 @@ class _Search:
         self._graph = graph
         self._rules = rules
         self._nodes: Mapping[str, fx.Node] = {node.name: node for node in graph.graph.nodes}
+        self._steps = {name: step for step, name in enumerate(self._nodes)}
         self._made = {self._nodes[unit.nodes[-1]]: unit for unit in units}
         self._fused = {
             self._nodes[fusion.nodes[-1]]: fusion.nodes for fusion in state_of(graph).fusions
         }
 
     def junctions_into(self, reader: Unit) -> Iterator[Junction]:
+        cut_out: set[tuple[str, ...]] = set()
         for name, value in self._read(reader):
             seen: set[str] = set()
             for producer, between in self._producers(value, ()):
-                if producer.group != reader.group and producer.member.name not in seen:
-                    seen.add(producer.member.name)
-                    yield Junction(producer, reader, between, name)
+                if producer.group == reader.group or producer.member.name in seen:
+                    continue
+                seen.add(producer.member.name)
+                steps = [self._steps[unit.member.node] for unit in (reader, producer)]
+                found = Junction(producer, reader, between, name, steps[0] < steps[1])
+                if found.nodes not in cut_out:
+                    cut_out.add(found.nodes)
+                    yield found
 
     def _read(self, reader: Unit) -> Iterator[tuple[str, object]]:
         """What a unit reads in codes, with the name of the node that reads it."""

@@ -67,18 +67,21 @@ def load_piece(
     return load_graph(calibrated_on_example(prepared), choices, runtime, batch)
 
 
-def calibrated_on_example(graph: fx.GraphModule) -> fx.GraphModule:
-    """Find ranges on the example alone: they do not change how fast a model runs.
+def calibrated_on_example(
+    graph: fx.GraphModule, *, bias_correction: bool = False
+) -> fx.GraphModule:
+    """Find ranges on the example alone: they do not change how fast a model runs, nor its size.
 
     Args:
         graph: From `prepare`; not changed.
+        bias_correction: Whether quantized layers get biases, which those without one may lack.
     """
     return calibrate(
         graph,
         [_example(graph)],
         ranges="minmax",
         weight_scales="minmax",
-        bias_correction=False,
+        bias_correction=bias_correction,
         progress=False,
     )
 
@@ -101,12 +104,8 @@ def load_graph(
     Raises:
         FxmpqError: If there are other groups.
     """
-    state = state_of(calibrated)
-    groups = tuple(
-        replace(group, candidates=tuple(dict.fromkeys([*group.candidates, Precision()])))
-        for group in state.groups
-    )
-    graph = with_state(copy_graph(calibrated), replace(state, groups=groups))
+    graph = with_float(calibrated)
+    groups = state_of(graph).groups
     ran = one_sample(graph) if batch is None else batch
     found = []
     for choice in choices:
@@ -121,6 +120,20 @@ def load_graph(
         model()
         found.append(model)
     return found
+
+
+def with_float(calibrated: fx.GraphModule) -> fx.GraphModule:
+    """Copy a calibrated graph with float among the candidates of every group.
+
+    Args:
+        calibrated: From `calibrate`; not changed.
+    """
+    state = state_of(calibrated)
+    groups = tuple(
+        replace(group, candidates=tuple(dict.fromkeys([*group.candidates, Precision()])))
+        for group in state.groups
+    )
+    return with_state(copy_graph(calibrated), replace(state, groups=groups))
 
 
 def one_sample(graph: fx.GraphModule) -> Batch:

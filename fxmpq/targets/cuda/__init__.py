@@ -14,6 +14,7 @@ from fxmpq.granularity import PerBlock, PerChannel, PerTensor
 from fxmpq.graph.rules import OperatorRule, TargetRules
 from fxmpq.targets.cuda.convert import convert_cuda
 from fxmpq.targets.cuda.kernels import INT4_BLOCKS
+from fxmpq.targets.reference.convert import convert_reference
 from fxmpq.targets.target import Converted, Target
 
 _WEIGHTS = frozenset({2, 3, 4, 6, 8})
@@ -48,7 +49,8 @@ def _target(name: str, description: str, *, is_bfloat16: bool) -> Target:
         # Sums come out in float, and torch fuses and adds in float: nothing else is tied.
         joins=("shared_weight", "shared_input"),
     )
-    return Target(rules, convert, description, packages={})
+    # Its files are those of the reference, for which no kernel has to be tried.
+    return Target(rules, convert, description, packages={}, write=convert_reference)
 
 
 CUDA = _target(

@@ -72,6 +72,7 @@ def convert_cuda(
     layers = {member.node: member.name for g in state_of(graph).groups for member in g.members}
     reports = layer_reports(graph, lambda member, _: outcomes[member.name], lambda _: float_name)
     reports = tuple(
-        replace(row, kernel=float_name) if row.layer in narrowed else row for row in reports
+        replace(row, kernel=float_name) if row.asked == "fp32" and row.layer in narrowed else row
+        for row in reports
     )
     return Converted(name, run, converted, files, reports, layer_values=layer_values)

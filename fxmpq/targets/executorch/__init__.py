@@ -49,7 +49,8 @@ _RULES = TargetRules(
             frozenset({2, 4, 8}), frozenset({None}), granularities=_SCALES | {PerBlock}
         ),
     },
-    default_candidates=(Precision(4, 8), Precision(8, 8)),
+    # Ranges of rows are of linear layers alone; convolutions have the last one.
+    default_candidates=tuple(map(Precision.parse, ("w4a8dt", "w8a8dt", "w8a8"))),
     # XNNPACK has no integer kernel that reads codes with a calibrated range and writes real
     # numbers. Sums in codes are a matter of speed: those of convolutional networks, not those
     # that normalisation reads.

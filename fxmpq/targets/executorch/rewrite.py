@@ -11,6 +11,7 @@ from fxmpq.graph.rules import TargetRules
 from fxmpq.quantizers.integer import per_channel
 from fxmpq.targets.decomposed import quantize_again, to_decomposed
 from fxmpq.targets.executorch.embeddings import pack_embeddings
+from fxmpq.targets.executorch.shapes import flatten_rows, pad_by_slices
 from fxmpq.targets.lowering import finish, store_tensor
 from fxmpq.targets.qdq import layers_of
 from fxmpq.targets.two_dimensions import IN_TWO_DIMENSIONS, geometry_of_two
@@ -25,6 +26,9 @@ _LARGEST_BIAS = 2**30
 _SMALLEST_RESCALE = 2.0**-32
 """XNNPACK refuses a layer whose accumulator is multiplied by less than this."""
 
+_LARGEST_RESCALE = 2.0**8
+"""As it does by this or more."""
+
 _FUSED = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default})
 
 
@@ -37,8 +41,10 @@ def to_xnnpack_form(graph: fx.GraphModule, rules: TargetRules) -> fx.GraphModule
     channel is large enough for its bias, which is stored in 32-bit units of input scale times
     weight scale; 4-bit weights of an odd number of inputs are kept in bytes; low-bit embeddings
     are packed. A linear layer on real numbers, or whose result nothing stores, adds its bias
-    behind it; a convolution that XNNPACK has no integer kernel for gets float weights. Float
-    convolutions over one dimension are over two.
+    behind it; a convolution that XNNPACK has no integer kernel for gets float weights. So it is
+    with layers whose results have a grid too fine for their sums. Float convolutions over one
+    dimension are over two, linear layers on rows over three at most, and circular padding is a
+    `cat`.
 
     Args:
         graph: With chosen precisions; not changed.
@@ -58,6 +64,8 @@ def to_xnnpack_form(graph: fx.GraphModule, rules: TargetRules) -> fx.GraphModule
         weight = argument(node, operator.weight) if operator is not None else None
         if isinstance(weight, fx.Node) and weight.target in _STORED:
             _fit_kernel(rewritten, node, weight)
+    flatten_rows(rewritten)
+    pad_by_slices(rewritten)
     for node in list(rewritten.graph.nodes):
         if node.target in IN_TWO_DIMENSIONS and node.args[1].op == "get_attr":
             _widen_float(rewritten, node)
@@ -129,9 +137,9 @@ def _fit_kernel(graph: fx.GraphModule, node: fx.Node, weight: fx.Node) -> None:
     is_linear = node.target is aten.linear.default
     is_on_rows = _is_call(node.args[0], quantized_decomposed.dequantize_per_token.default)
     grids = None if is_on_rows else _grids(node)
-    if grids is not None:
-        _hold_bias(graph, node, weight, *grids)
-    elif not is_linear:
+    if grids is not None and _hold_bias(graph, node, weight, *grids):
+        return
+    if not is_linear:
         _make_float(graph, node, weight)
     else:
         result = node
@@ -194,29 +202,36 @@ def _widen_odd(graph: fx.GraphModule, weight: fx.Node) -> None:
 
 def _hold_bias(
     graph: fx.GraphModule, node: fx.Node, weight: fx.Node, input_scale: float, output_scale: float
-) -> None:
-    """Raise the scales of channels of nearly dead weights, beside whose biases nothing is lost.
+) -> bool:
+    """Fit the scales of channels of dead or nearly dead weights to their biases.
 
     XNNPACK stores a bias in units of weight scale times input scale, as an `int32`, and refuses
-    to scale a sum by next to nothing.
+    to scale a sum by next to nothing, or by much. A channel without weights has any scale: the
+    finest that holds its bias.
+
+    Returns:
+        Whether it takes the layer; it is as it was where not.
     """
     stored, channels, *_ = weight.all_input_nodes
     codes = get_tensor(graph, str(stored.target))
     scale = get_tensor(graph, str(channels.target)).double()
+    scale = scale * codes.flatten(1).any(1)
     needed = torch.full_like(scale, _SMALLEST_RESCALE * output_scale / input_scale)
     bias = argument(node, OPERATORS[node.target].bias)
     if isinstance(bias, fx.Node):
         found = get_tensor(graph, str(bias.target)).double().abs()
         needed = torch.maximum(needed, found / (input_scale * _LARGEST_BIAS))
-    if not bool((needed > scale).any()):
-        return
     held = torch.maximum(scale, needed)
-    ratio = per_channel(scale / held, codes.dim(), 0)
-    fewer = torch.round(codes.double() * ratio).to(torch.int8)
-    name = str(stored.target)
-    weight.replace_input_with(stored, store_tensor(graph, name, fewer, weight))
-    other = store_tensor(graph, str(channels.target), held.float(), weight)
-    weight.replace_input_with(channels, other)
+    if float(held.max()) * input_scale / output_scale >= _LARGEST_RESCALE:
+        return False
+    if bool((needed > scale).any()):
+        ratio = per_channel(scale / held, codes.dim(), 0)
+        fewer = torch.round(codes.double() * ratio).to(torch.int8)
+        name = str(stored.target)
+        weight.replace_input_with(stored, store_tensor(graph, name, fewer, weight))
+        other = store_tensor(graph, str(channels.target), held.float(), weight)
+        weight.replace_input_with(channels, other)
+    return True
 
 
 def _make_float(graph: fx.GraphModule, node: fx.Node, weight: fx.Node) -> None:

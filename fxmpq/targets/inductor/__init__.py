@@ -11,6 +11,7 @@ from fxmpq.costs.latency.runtime import Conditions, Run
 from fxmpq.formats import Precision
 from fxmpq.granularity import PerBlock, PerChannel, PerTensor
 from fxmpq.graph.rules import OperatorRule, TargetRules
+from fxmpq.targets.reference.convert import convert_reference
 from fxmpq.targets.target import Converted, Target
 
 aten = torch.ops.aten
@@ -78,6 +79,8 @@ def _target(name: str, description: str, *, is_bfloat16: bool) -> Target:
         load=load,
         conditions=_conditions,
         check=check,
+        # Its files are those of the reference, for which nothing has to be compiled.
+        write=convert_reference,
     )
 
 

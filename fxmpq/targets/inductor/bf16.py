@@ -17,7 +17,7 @@ aten = torch.ops.aten
 _PRODUCTS = PRODUCTS - {aten.scaled_dot_product_attention.default}
 
 
-def compute_in_bfloat16(graph: fx.GraphModule) -> frozenset[str]:
+def compute_in_bfloat16(graph: fx.GraphModule) -> dict[str, str]:
     """Let products of `float32` read `bfloat16`, and widen what they return, in place.
 
     Stored operands are rounded once, here; what is computed is rounded where it is made. Layers on
@@ -27,20 +27,20 @@ def compute_in_bfloat16(graph: fx.GraphModule) -> frozenset[str]:
         graph: From `to_decomposed`.
 
     Returns:
-        The names of the nodes that are computed so, and their places, as reports name them.
+        The places of the nodes that are computed so, as reports name them, by the nodes' names.
     """
-    found: set[str] = set()
+    found: dict[str, str] = {}
     for node in list(graph.graph.nodes):
         if node.target not in _PRODUCTS or not _is_of_floats(node):
             continue
-        found |= {node.name, place_of(node)}
+        found[node.name] = place_of(node)
         for operand in node.all_input_nodes:
             node.replace_input_with(operand, _narrowed(graph, node, operand))
         with graph.graph.inserting_after(node):
             widened = _cast(graph, node, torch.float32)
         widened.meta = dict(node.meta)
         node.replace_all_uses_with(widened, lambda user, widened=widened: user is not widened)
-    return frozenset(found)
+    return found
 
 
 def _is_of_floats(node: fx.Node) -> bool:

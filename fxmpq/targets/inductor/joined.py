@@ -25,7 +25,9 @@ def join_linears(graph: fx.GraphModule) -> dict[str, list[str]]:
     Queries, keys and values of attention are such layers. Each output channel has a scale of its
     own, so the results are the same; each layer's are then a slice. What follows a layer in the
     same kernel, as an activation or a sum, is worth more: only layers whose results are
-    rearranged before they are computed with are joined.
+    rearranged before they are computed with are joined. Slices lie apart in memory, so views
+    become `reshape`, which copies where it must; a graph with `as_strided`, which counts on how
+    results lie, is left as it is.
 
     Args:
         graph: From `to_decomposed`, before it is rewritten for the compiler; changed in place.
@@ -33,6 +35,8 @@ def join_linears(graph: fx.GraphModule) -> dict[str, list[str]]:
     Returns:
         The names of scales that are now in one tensor, by the name of that tensor.
     """
+    if graph.graph.find_nodes(op="call_function", target=aten.as_strided.default):
+        return {}
     alike: dict[tuple[object, ...], list[fx.Node]] = {}
     for linear in graph.graph.find_nodes(op="call_function", target=aten.linear.default):
         read = dequantization_read_by(linear)
@@ -40,21 +44,33 @@ def join_linears(graph: fx.GraphModule) -> dict[str, list[str]]:
         is_on_integers = isinstance(weight, fx.Node) and weight.target is DEQUANTIZE_WEIGHT
         if read is None or not is_on_integers or not _is_rearranged(linear):
             continue
-        has_bias = len(linear.args) > 2 and linear.args[2] is not None
-        grid = weight.args[3:]
-        alike.setdefault((read.args, grid, has_bias), []).append(linear)
-    return dict(_join(graph, found) for found in alike.values() if len(found) > 1)
+        operands = _operands(linear)
+        if _are_stored(graph, operands):
+            grid = weight.args[3:]
+            alike.setdefault((read.args, grid, len(operands)), []).append(linear)
+    joined = dict(_join(graph, found) for found in alike.values() if len(found) > 1)
+    views = graph.graph.find_nodes(op="call_function", target=aten.view.default)
+    for view in views if joined else ():
+        view.target = aten.reshape.default
+    return joined
 
 
 def _is_rearranged(linear: fx.Node) -> bool:
     return all(user.target in _REARRANGES for user in linear.users)
 
 
+def _are_stored(graph: fx.GraphModule, operands: Sequence[fx.Node]) -> bool:
+    """Whether what a layer reads is stored, its bias with a number for each channel as the rest."""
+    if any(operand.op != "get_attr" for operand in operands):
+        return False
+    return len({get_tensor(graph, _name(operand)).shape for operand in operands[1:]}) == 1
+
+
 def _join(graph: fx.GraphModule, linears: Sequence[fx.Node]) -> tuple[str, list[str]]:
     """Replace layers by slices of one; returns the name of its scales, and of theirs."""
     first = linears[0]
     call = graph.graph.call_function
-    names = [[_name(operand) for operand in _stored(linear)] for linear in linears]
+    names = [[_name(operand) for operand in _operands(linear)] for linear in linears]
     codes, scales, zero_points, *bias = [
         store_tensor(graph, f"joined_{parts[0]}", _stacked(graph, parts), first)
         for parts in zip(*names, strict=True)
@@ -75,8 +91,8 @@ def _join(graph: fx.GraphModule, linears: Sequence[fx.Node]) -> tuple[str, list[
     return str(scales.target), [scales_name for _, scales_name, *_ in names]
 
 
-def _stored(linear: fx.Node) -> list[fx.Node]:
-    """What reads a layer's codes, scales, zero points and, if it has one, its bias."""
+def _operands(linear: fx.Node) -> list[fx.Node]:
+    """A layer's codes, scales, zero points and, if it has one, its bias."""
     _, weight, *bias = linear.args
     assert isinstance(weight, fx.Node)
     operands = [*weight.args[:3], *(found for found in bias if found is not None)]

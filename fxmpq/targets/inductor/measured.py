@@ -16,6 +16,7 @@ from fxmpq.targets.inductor.compiled import CompiledGraph
 from fxmpq.targets.inductor.program import inductor_program
 
 _DIGITS = 16
+_OTHER_DEVICES = ("cuda.", "cutlass.", "mtia.", "rocm.", "xpu.")
 
 
 def load_inductor(graph: fx.GraphModule, *, is_bfloat16: bool = False) -> Run:
@@ -40,10 +41,13 @@ def compiler_conditions() -> Conditions:
         The C++ compiler that torch calls with a digest of all that it tells about itself, the
         vector instructions that it compiles for, and a digest of the options of torch's compiler.
     """
+    # Options of other devices name folders, one of them that in which the program was started.
+    options = config.save_config_portable().items()
+    own = [(name, value) for name, value in options if not name.startswith(_OTHER_DEVICES)]
     compiler = get_cpp_compiler()
     told = hashlib.sha256(get_compiler_version_info(compiler).encode())
     return {
         "compiler": f"{compiler} {told.hexdigest()[:_DIGITS]}",
         "instructions": str(pick_vec_isa()),
-        "options": hashlib.sha256(config.get_hash()).hexdigest()[:_DIGITS],
+        "options": hashlib.sha256(repr(sorted(own)).encode()).hexdigest()[:_DIGITS],
     }

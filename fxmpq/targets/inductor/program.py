@@ -38,7 +38,7 @@ class InductorProgram:
     graph: fx.GraphModule
     marks: Mapping[str, list[str]]
     quantizers: Mapping[str, fx.Node] = field(repr=False)
-    narrowed: frozenset[str] = frozenset()
+    narrowed: Mapping[str, str] = field(default_factory=dict)
 
 
 def inductor_program(graph: fx.GraphModule, *, is_bfloat16: bool = False) -> InductorProgram:
@@ -64,7 +64,7 @@ def inductor_program(graph: fx.GraphModule, *, is_bfloat16: bool = False) -> Ind
         marks.setdefault(mark, []).append(layer.name)
     for joined, parts in join_linears(rewritten).items():
         marks[joined] = [name for part in parts for name in marks.pop(part)]
-    narrowed = compute_in_bfloat16(rewritten) if is_bfloat16 else frozenset[str]()
+    narrowed = compute_in_bfloat16(rewritten) if is_bfloat16 else {}
     rewrite_for_compiler(rewritten)
     move_to_cpu(rewritten)
     rewritten.graph.set_codegen(fx.graph.CodeGen())

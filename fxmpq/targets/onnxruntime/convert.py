@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from fxmpq.graph.batches import Batch, flat_inputs
 from fxmpq.graph.rules import TargetRules
 from fxmpq.targets.onnx_compact import compact
-from fxmpq.targets.onnx_export import export_onnx, write_onnx
+from fxmpq.targets.onnx_export import check_size, export_onnx, write_onnx
 from fxmpq.targets.onnx_parts import onnx_parts
 from fxmpq.targets.onnxruntime.exposure import ExposedModel
 from fxmpq.targets.onnxruntime.float_layers import keep_float_layers
@@ -49,8 +49,8 @@ def convert_onnxruntime(
         The converted model; its `module` is an `OnnxModel`.
 
     Raises:
-        TargetError: If torch's ONNX exporter has no translation for a node, naming it, or the
-            installed runtime is too old for the file.
+        TargetError: If torch's ONNX exporter has no translation for a node, naming it, one file
+            cannot hold the model, or the installed runtime is too old for it.
     """
     rewritten = to_integer_operators(graph, rules)
     model = export_onnx(rewritten, TRANSLATIONS, _OPSET)
@@ -60,6 +60,7 @@ def convert_onnxruntime(
     lay_out_weights(model)
     narrow_codes(model)
     proto = ir.to_proto(model)
+    check_size(proto)
     compact(proto, layer_nodes(WrittenModel(proto), graph))
     written = WrittenModel(proto)
     onnx.checker.check_model(proto)

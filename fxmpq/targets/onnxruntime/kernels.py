@@ -16,6 +16,7 @@ from fxmpq.targets.onnxruntime.rewrite_products import product_node
 _MOVES_DATA = frozenset({"Transpose", "ReorderOutput"})
 _VIEWS = frozenset({"Reshape", "Slice", "Transpose"})
 _READ_LOW_BITS = frozenset({"MatMulNBits", "GatherBlockQuantized"})
+_INTEGER = re.compile("^QLinear|Integer|NBits$")
 _FUSED_AT_MOST = 4
 _NUMBERED = re.compile(r"_token_\d+$")
 
@@ -40,10 +41,9 @@ class ExecutedKernels:
             for name in node.input:
                 self._readers[name].append(node)
             self._writers |= dict.fromkeys(node.output, node)
-        # Where the runtime changes a node, it adds a number to its name.
-        self._named = {
-            _NUMBERED.sub("", node.name): node for node in executed.graph.node if node.name
-        }
+        # Where the runtime changes a node, it adds a number to its name; a layer may have one too.
+        exact = {node.name: node for node in executed.graph.node if node.name}
+        self._named = {_NUMBERED.sub("", name): node for name, node in exact.items()} | exact
 
     def quantized(self, member: Member, precision: Precision) -> tuple[str, str]:
         """The kernel of a quantized layer, and why it is not what was asked where it is not.
@@ -133,5 +133,9 @@ class ExecutedKernels:
         spread = [name for node in self._written.readers(scale) for name in node.output]
         names = [scale, *(name for name in spread if self._written.is_constant(name))]
         readers = [node for name in names for node in self._readers.get(name, [])]
+        if not readers and member.name in self._written_nodes:
+            # Of equal scales the exporter stores one, with another layer's name.
+            found = self._named.get(str(self._written_nodes[member.name].name))
+            return [found] if found is not None and _INTEGER.search(found.op_type) else []
         is_look_up = member.kind == "embedding"
         return [node for node in readers if ("Gather" in node.op_type) == is_look_up]

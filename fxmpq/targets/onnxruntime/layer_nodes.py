@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -70,6 +71,12 @@ class WrittenModel:
             and np.array_equal(onnx.numpy_helper.to_array(entry), transposed)
         ]
 
+    def stored_codes(self, weight: str) -> list[str]:
+        """Names of the stored tensors that hold a weight's codes."""
+        flat = re.escape(weight.replace(".", "_"))
+        pattern = re.compile(rf"(?:codes|codes_\d+bit\d*|packed_\d+bit)_{flat}_*")
+        return [name for name in self._stored if pattern.fullmatch(name)]
+
     def users_of_stored(self, names: Sequence[str]) -> list[onnx.NodeProto]:
         """Nodes in which stored values, or what is made of them, meet the model's data, in order.
 
@@ -91,9 +98,11 @@ class WrittenModel:
 def layer_nodes(written: WrittenModel, graph: fx.GraphModule) -> dict[str, onnx.NodeProto]:
     """Find the node that computes each layer.
 
-    A layer is found by its weight's scales, or its weight where that is float, which the exporter
-    may have transposed. Calls that share a weight are told apart by their order; those that
-    compute the same share a node, since the exporter makes one of them.
+    A layer is found by its weight's codes, which are its own, as their scales need not be: of
+    equal ones the exporter stores one. Where there are none, as in a look-up or after the exporter
+    made one of small equal ones, it is found by its scales, or its weight where that is float,
+    which the exporter may have transposed. Calls that share a weight are told apart by their
+    order; those that compute the same share a node, since the exporter makes one of them.
 
     Args:
         written: The model as it is written.
@@ -112,7 +121,8 @@ def layer_nodes(written: WrittenModel, graph: fx.GraphModule) -> dict[str, onnx.
         scale = f"scale_{weight.replace('.', '_')}"
         # A call that needs scales of its own stores them under the same name, longer.
         stored = [scale + "_" * count for count in range(len(sharing) + 1)]
-        users = written.users_of_stored([*stored, weight])
+        codes = [] if is_look_up else written.stored_codes(weight)
+        users = written.users_of_stored(codes or [*stored, weight])
         users = [user for user in users if (user.op_type in _LOOK_UPS) == is_look_up]
         if not users:
             users = written.users_of_stored(written.stored_transposes(get_tensor(graph, weight)))

@@ -15,7 +15,7 @@ from fxmpq.errors import TargetError
 from fxmpq.graph.batches import Batch, flat_inputs
 from fxmpq.graph.state import Layer, state_of
 from fxmpq.targets.onnx_compact import compact
-from fxmpq.targets.onnx_export import export_onnx, write_onnx
+from fxmpq.targets.onnx_export import check_size, export_onnx, write_onnx
 from fxmpq.targets.onnx_parts import onnx_parts
 from fxmpq.targets.onnxruntime.layer_nodes import WrittenModel, layer_nodes, visible_value
 from fxmpq.targets.onnxruntime.session import OnnxModel
@@ -47,13 +47,14 @@ def convert_tensorrt(graph: fx.GraphModule, output: Path | None) -> Converted:
         The converted model; its `module` is an `OnnxModel`.
 
     Raises:
-        TargetError: If the file breaks a rule, naming node and rule; or if torch's ONNX exporter
-            has no translation for a node.
+        TargetError: If the file breaks a rule, naming node and rule; if one file cannot hold the
+            model; or if torch's ONNX exporter has no translation for a node.
     """
     model = export_onnx(to_symmetric_qdq(graph), TRANSLATIONS, _OPSET)
     store_four_bits(model)
     dequantize_at_each_reader(model)
     proto = ir.to_proto(model)
+    check_size(proto)
     # Checked with the exporter's names, which tell more in a message.
     _check(proto)
     compact(proto, layer_nodes(WrittenModel(proto), graph))

@@ -52,6 +52,17 @@ def test_by_hand() -> None:
     assert edge.costs["fp32"] == pytest.approx({"w4a8": 6, "w8a8": 6, "fp32": 0})
 
 
+def test_a_producer_behind_its_reader_takes_what_was_measured_so() -> None:
+    groups, units, (joint,) = _model()
+    junction = replace(joint.junction, is_reader_first=True)
+    pieces = {(name, (entry,)): 4.0 for name in "ab" for entry in _NAMES}
+    # The reader's precision is named first.
+    pieces |= {("ab", ("fp32", "w8a8")): 9.0, ("ab", ("w8a8", "fp32")): 11.0}
+    times = Times(pieces, 0.0, {("fp32", "fp32"): 12.0})
+    (edge,) = assemble(groups, units, [replace(joint, junction=junction)], times, []).edges
+    assert (edge.costs["w8a8"]["fp32"], edge.costs["fp32"]["w8a8"]) == (1000, 3000)
+
+
 def test_several_readers_in_a_group_change_a_tensor_once() -> None:
     groups, units, joints = _model()
     second = Unit(_layer("c"), "b", ("c",))

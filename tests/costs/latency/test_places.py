@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxmpq
+from fxmpq.costs.latency.cut import cut
 from fxmpq.costs.latency.places import find_junctions, find_units
+from fxmpq.graph.layers import find_layers
 from fxmpq.graph.state import state_of
 from fxmpq.targets.inductor import INDUCTOR
 from fxmpq.targets.onnxruntime import ONNXRUNTIME
@@ -72,6 +74,44 @@ def test_a_sum_fused_to_its_layer_is_the_layers(target: Target) -> None:
         # What is added comes from a layer too.
         ("stem", "two", "add"): ("max_pool2d",),
     }
+
+
+class Twice(Block):
+    """What a layer reads is added to its result too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.last(torch.relu(self.one(x) + x))
+
+
+class Later(Block):
+    """What is added to a layer's result is computed after it, and returned as well."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.relu(self.stem(x))
+        y, added = self.two(torch.relu(x)), self.one(x)
+        return torch.relu(y + added), added
+
+
+def test_a_tensor_that_is_read_and_added_is_one_junction() -> None:
+    assert _found(_prepared(Twice(), OPENVINO, 2, 2, 8, 8), OPENVINO) == {
+        ("stem", "one", "conv2d_1"): (),
+        ("one", "last", "conv2d_2"): (),
+    }
+
+
+def test_precisions_are_named_in_the_order_of_layers() -> None:
+    graph = _prepared(Later(), OPENVINO, 2, 2, 8, 8)
+    found = {
+        (junction.producer.member.name, junction.reader.member.name): junction
+        for junction in find_junctions(graph, find_units(state_of(graph)), OPENVINO.rules)
+    }
+    assert found["stem", "one"].in_graph_order("w8a8", "fp32") == ("w8a8", "fp32")
+    added = found["one", "two"]
+    assert added.in_graph_order("w8a8", "fp32") == ("fp32", "w8a8")
+    piece = cut(graph, added.nodes, added.reader.nodes[-1])
+    names = [layer.name for layer in find_layers(fxmpq.trace(piece.module, piece.inputs)).layers]
+    assert [name.split("_")[2] for name in names] == ["two", "one"]
 
 
 def test_a_junction_is_cut_from_producer_to_reader() -> None:

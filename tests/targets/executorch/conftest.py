@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from fxmpq.formats import Precision
 from fxmpq.graph.switch import with_choices
 from fxmpq.graph.trace import trace
 from fxmpq.targets.convert import convert
@@ -43,7 +44,9 @@ def samples() -> Samples:
 @pytest.fixture(scope="session")
 def net_plan(calibrated: Made, samples: Samples) -> fx.GraphModule:
     torch.manual_seed(0)
-    graph = calibrated(trace(Net().eval(), samples[0]), samples, "executorch", exclude=["kept"])
+    candidates = [Precision.parse(name) for name in ("w4a8", "w8a8")]
+    traced = trace(Net().eval(), samples[0])
+    graph = calibrated(traced, samples, "executorch", candidates=candidates, exclude=["kept"])
     choices = dict.fromkeys(["first", "second", "depthwise"], "w8a8")
     others = {"even": "w4a8", "odd": "w4a8", "table": "w4", "kept": "fp32"}
     return with_choices(graph, {**choices, **others})

@@ -14,6 +14,7 @@ from fxmpq.graph.state import require
 from fxmpq.graph.trace import trace
 from fxmpq.targets.convert import convert
 from fxmpq.targets.divergence import layer_agreements
+from fxmpq.targets.executorch import EXECUTORCH
 from fxmpq.targets.executorch.packages import Runtime
 from fxmpq.targets.target import Converted, agreement_db
 
@@ -77,7 +78,7 @@ def test_files_hold_codes_in_their_width_and_nothing_else(
     made = convert(uniform(graph), output=tmp_path, verify=[x])
     (group,) = require(graph, stage="calibrated").groups
     expected = weight_bytes(group, group.candidates[0])
-    assert str(group.candidates[0]) == "w4a8"
+    assert str(group.candidates[0]) == "w4a8dt"
     # Biases are 4 bytes a channel; the rest is the program itself.
     assert 0 < made.files[0].stat().st_size - expected - 4 * 768 < 8_000
 
@@ -108,6 +109,19 @@ def test_samples_and_sequences_of_free_sizes_run(calibrated: Made, uniform: Made
         assert agreement_db(list(run_batch(plan, ids)), made.run(ids)) > 35
     with pytest.raises(BatchError, match="up to 512 values along dimension 1"):
         made.run(torch.zeros(1, 513, dtype=torch.int64))
+
+
+def test_linear_layers_may_find_ranges_of_rows_without_being_asked() -> None:
+    rules = EXECUTORCH.rules
+    found = {
+        kind: [str(entry) for entry in rules.candidates_for(kind, rules.default_candidates)]
+        for kind in rules.operators
+    }
+    assert found == {
+        "conv": ["w8a8"],
+        "linear": ["w4a8dt", "w8a8", "w8a8dt"],
+        "embedding": ["w4", "w8"],
+    }
 
 
 class Unusual(nn.Module):

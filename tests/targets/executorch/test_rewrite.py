@@ -209,6 +209,44 @@ def test_ranges_of_rows_and_weight_only_layers_run(mixed: tuple[fx.GraphModule, 
     assert all(entry.sqnr_db > (50 if entry.layer == "c" else 60) for entry in agreements)
 
 
+class Pruned(nn.Module):
+    """Channels without weights, and a layer whose results are far finer than its sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 2, 1), nn.Conv2d(2, 3, 2)
+        self.last = nn.Linear(3, 2)
+        with torch.no_grad():
+            self.second.weight[1] = 0.0
+            self.second.bias[1] = 0.7
+            self.last.weight[1] = 0.0
+            self.last.bias[1] = 300.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.second(self.first(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("offset", [100.0, 1e6])
+def test_channels_without_weights_keep_their_biases(
+    calibrated: Made, uniform: Made, offset: float
+) -> None:
+    torch.manual_seed(0)
+    net, x = Pruned().eval(), torch.randn(4, 1, 4, 4)
+    with torch.no_grad():
+        net.first.bias[0] = offset
+        net.second.weight[:, 0] *= 1e-7
+    candidates = [Precision.parse("w8a8")]
+    plan = uniform(calibrated(trace(net, x), [x], "executorch", candidates=candidates))
+    made = convert(plan, verify=[x])
+    assert made.sqnr_db > 35
+    kernels = {row.layer: row.kernel for row in made.layers}
+    assert kernels["last"] == "Fully Connected (NC, QS8, QC8W) GEMM"
+    # XNNPACK scales no sum by 256 or more.
+    is_too_fine = offset > 1e4
+    assert kernels["second"] == f"Convolution (NHWC, {'F32' if is_too_fine else 'QC8'}) IGEMM"
+    assert all(row.sqnr_db > 35 for row in layer_agreements(plan, made, x))
+
+
 class Signal(nn.Module):
     """Convolutions over one dimension, the middle ones in float, and a count of samples."""
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,6 +13,9 @@ from fxmpq.graph.trace import trace
 from fxmpq.targets.decomposed import to_decomposed
 from fxmpq.targets.inductor import INDUCTOR_BF16
 from fxmpq.targets.inductor.bf16 import compute_in_bfloat16
+from fxmpq.targets.inductor.compiler import check_bfloat16
+from fxmpq.targets.inductor.kernels import Kernels
+from fxmpq.targets.inductor.program import InductorProgram
 from fxmpq.targets.target import agreement_db
 
 Made = Callable[..., fx.GraphModule]
@@ -48,7 +51,7 @@ def test_float_layers_and_products_read_bfloat16(mixed: fx.GraphModule, inputs: 
     graph = to_decomposed(mixed, signed=False)
     found = compute_in_bfloat16(graph)
     graph.recompile()
-    assert found == {"linear", "fc.linear", "matmul", "matmul_1"}
+    assert found == {"linear": "fc.linear", "matmul": "matmul", "matmul_1": "matmul_1"}
     (linear,) = graph.graph.find_nodes(op="call_function", target=aten.linear.default)
     stored = [get_tensor(graph, str(node.target)).dtype for node in linear.args[1:]]
     assert stored == [torch.bfloat16] * 2
@@ -89,7 +92,7 @@ def test_codes_and_products_of_other_types_stay_as_they_are(
     graph = uniform(calibrated(trace(Precise(), x), [x], "inductor"))
     lowered = to_decomposed(graph, signed=False)
     before = [node.name for node in lowered.graph.nodes]
-    assert compute_in_bfloat16(lowered) == frozenset()
+    assert compute_in_bfloat16(lowered) == {}
     assert [node.name for node in lowered.graph.nodes] == before
 
 
@@ -108,8 +111,51 @@ def test_the_report_and_the_result_are_of_bfloat16(mixed: fx.GraphModule, inputs
     }
 
 
+class Namesakes(nn.Module):
+    """Layers on codes that are called as the nodes of another layer and of a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.linear, self.matmul = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.linear(self.fc(x).relu()).relu()
+        return self.matmul(rows) @ rows.T
+
+
+def test_layers_on_codes_are_reported_as_such_whatever_their_names(
+    calibrated: Made, uniform: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Uncompiled:
+        def __init__(self, program: InductorProgram) -> None:
+            self.kernels = Kernels(
+                {name: ["int8"] for found in program.marks.values() for name in found}
+            )
+
+        def __call__(self, inputs: Sequence[object]) -> list[Tensor]:
+            return []
+
+    monkeypatch.setattr("fxmpq.targets.inductor.convert.CompiledGraph", Uncompiled)
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    planned = uniform(calibrated(trace(Namesakes(), x), [x], "inductor", exclude=["fc"]))
+    rows = INDUCTOR_BF16.convert(planned, None).layers
+    assert [(row.layer, row.asked, row.kernel) for row in rows] == [
+        ("fc", "fp32", "bfloat16"),
+        ("linear", "w8a8", "int8"),
+        ("matmul", "w8a8", "int8"),
+        ("matmul", "fp32", "bfloat16"),
+    ]
+
+
 def test_a_cpu_without_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     assert INDUCTOR_BF16.check is not None
     with pytest.raises(TargetError, match="neither AVX512-BF16 nor AMX; prepare for 'inductor'"):
         INDUCTOR_BF16.check()
+
+
+def test_a_cpu_that_torch_tells_nothing_of_is_not_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    check_bfloat16()

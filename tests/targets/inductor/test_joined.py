@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from fxmpq.calibration.calibrate import calibrate
 from fxmpq.graph.attributes import get_tensor
+from fxmpq.graph.prepare import insert_quantizers
 from fxmpq.graph.run import run_batch
 from fxmpq.graph.trace import trace
 from fxmpq.targets.decomposed import to_decomposed
+from fxmpq.targets.inductor import INDUCTOR
 from fxmpq.targets.inductor.joined import join_linears
 from fxmpq.targets.inductor.program import inductor_program
 from fxmpq.targets.lowering import finish
@@ -97,3 +100,61 @@ def test_what_is_fused_or_float_stays_apart(calibrated: Made, uniform: Made) -> 
     before = [node.name for node in graph.graph.nodes]
     assert join_linears(graph) == {}
     assert [node.name for node in graph.graph.nodes] == before
+
+
+class Flattened(nn.Module):
+    """Two layers whose results are views that go over several rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        left, right = self.left(x).view(2, 5, 2, 4).view(2, 40), self.right(x).view(80)
+        return left, right
+
+
+class Strided(Flattened):
+    """Reads every second row of a result by where it lies in memory."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        left = torch.as_strided(self.left(x).view(10, 8), (5, 8), (16, 1))
+        return left, self.right(x).view(10, 8)
+
+
+class Shifted(Flattened):
+    """The second layer's bias is computed from the first one's result."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        left = self.left(x).view(10, 8)
+        return left, nn.functional.linear(x, self.right.weight, left.sum(0)).view(10, 8)
+
+
+class Spread(Flattened):
+    """Biases of one number for all channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        left = nn.functional.linear(x, self.left.weight, self.one)
+        return left.view(10, 8), nn.functional.linear(x, self.right.weight, self.other).view(10, 8)
+
+
+@pytest.mark.parametrize(
+    ("model", "is_joined"),
+    [(Flattened, True), (Strided, False), (Shifted, False), (Spread, False)],
+)
+def test_results_are_the_same_however_they_are_read(
+    uniform: Made, model: type[nn.Module], is_joined: bool
+) -> None:
+    torch.manual_seed(0)
+    x = inputs()
+    prepared = insert_quantizers(trace(model(), x), INDUCTOR.rules)
+    planned = uniform(calibrate(prepared, [x], bias_correction=False, progress=False))
+    program = inductor_program(planned)
+    together = [["left", "right"]] if is_joined else [["left"], ["right"]]
+    assert sorted(program.marks.values()) == together
+    for found, expected in zip(program.graph(x), run_batch(planned, x), strict=True):
+        torch.testing.assert_close(found, expected)

@@ -56,6 +56,9 @@ def test_another_compiler_or_other_options_are_other_conditions(
     with config.patch({"epilogue_fusion": False}):
         other = compiler_conditions()
     assert other == {**found, "options": other["options"]} != found
+    # As the folders among them, which are not the same everywhere.
+    with config.patch({"cuda.arch": "90"}):
+        assert compiler_conditions() == found
     monkeypatch.setattr(measured, "get_compiler_version_info", lambda compiler: "version 99")
     other = compiler_conditions()
     assert other == {**found, "compiler": other["compiler"]} != found

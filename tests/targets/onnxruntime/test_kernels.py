@@ -144,3 +144,18 @@ def test_a_float_layer_that_the_runtime_quantizes_is_told_by_its_name(
     assert (
         kernels.in_float(layer("a.weight")) == "QLinearConv on weights that the runtime quantized"
     )
+
+
+def test_a_layer_whose_name_ends_as_if_changed_is_not_taken_for_another(
+    planned: fx.GraphModule,
+) -> None:
+    named = [("FusedConv", "a"), ("Conv", "a_token_1")]
+    executed = model_of(
+        *(helper.make_node(operator, ["x"], [f"{name}_"], name=name) for operator, name in named)
+    )
+    written = model_of(helper.make_node("Conv", ["x", "a.weight"], ["gone"], name="a"))
+    written.graph.initializer.append(
+        helper.make_tensor("a.weight", onnx.TensorProto.FLOAT, [1], [1.0])
+    )
+    kernels = ExecutedKernels(executed, WrittenModel(written), planned)
+    assert kernels.in_float(layer("a.weight")) == "float FusedConv"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -9,6 +11,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 
+from fxmpq.formats import Precision
 from fxmpq.graph.state import require
 from fxmpq.graph.trace import trace
 from fxmpq.targets.convert import convert
@@ -260,3 +263,34 @@ def test_equal_calls_share_the_node_that_the_exporter_makes_of_them(
     assert isinstance(made.module, OnnxModel)
     names = [node.name for node in made.module.executed.graph.node if "MatMul" in node.op_type]
     assert sorted(names) == ["fc", "fc#3"]
+
+
+class Clones(nn.Module):
+    """Layers that start as copies of one, as those of `nn.TransformerEncoder` do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(48, 48)
+        self.b = copy.deepcopy(self.a)
+        self.conv = nn.Conv2d(3, 48, 3)
+        self.conv_b = copy.deepcopy(self.conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = (self.conv(x).relu() + self.conv_b(x.neg()).relu()).mean((2, 3))
+        return self.b(self.a(rows).relu())
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_copies_are_told_apart_by_their_codes(
+    calibrated: Made, uniform: Made, target: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 6, 6)
+    candidates = [Precision(8, 8)]
+    graph = uniform(calibrated(trace(Clones(), x), [x], target, candidates=candidates))
+    made = convert(graph, verify=[x], output=tmp_path)
+    assert {row.layer for row in made.layers} == {"a", "b", "conv", "conv_b"}
+    assert {row.reason for row in made.layers} == {""}
+    assert not any("unknown" in row.kernel for row in made.layers)
+    stored = {entry.name for entry in onnx.load(made.files[0]).graph.initializer}
+    assert ("scale_a_weight" in stored) != ("scale_b_weight" in stored)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxmpq.report.wording import counted, decibels, in_unit, percent, points, seconds, shortened
+from fxmpq.wording import counted, decibels, in_unit, percent, points, seconds, shortened
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,8 @@ def test_counts_have_a_prefix_and_about_three_digits(value: int, text: str) -> N
     ("value", "unit", "text"),
     [
         (0.0, "ms", "0.00 ms"),
+        (0.01234, "ms", "0.0123 ms"),
+        (0.999, "ms", "1.00 ms"),
         (9.949, "ms", "9.95 ms"),
         (999.4, "ms", "999 ms"),
         (999.6, "ms", "1.00 s"),
@@ -38,6 +40,7 @@ def test_counts_have_a_prefix_and_about_three_digits(value: int, text: str) -> N
         (162_168.0, "B", "162 kB"),
         (12.0, "B", "12 B"),
         (12.34, "", "12.3"),
+        (999.7, "", "1000"),
         (12_340.0, "", "12.3 k"),
     ],
 )

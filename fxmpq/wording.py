@@ -1,4 +1,4 @@
-"""How reports write numbers: one way in tables, pictures and pages."""
+"""How numbers are written: one way in reports, tables, pictures and pages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def counted(value: float, unit: str = "") -> str:
 
 
 def in_unit(value: float, unit: str) -> str:
-    """A cost with three digits, in the largest unit that leaves it at 1 or more.
+    """A cost with two or three digits, in the largest unit that leaves it at 1 or more.
 
     Args:
         value: Of a cost, at least 0.
@@ -40,9 +40,11 @@ def in_unit(value: float, unit: str) -> str:
             if value < _NEXT:
                 break
             value, unit = value / 1000, larger
+        if 0 < value < 0.0995:
+            return f"{value:.3g} {unit}"
         digits = 0 if value >= 99.5 else 1 if value >= 9.95 else 2
         return f"{value:.{digits}f} {unit}"
-    return counted(value, unit) if unit or value >= 1000 else f"{value:.3g}"
+    return counted(value, unit) if unit or value >= _NEXT else f"{value:.3g}"
 
 
 def decibels(value: float | None) -> str:
