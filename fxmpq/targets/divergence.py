@@ -17,12 +17,16 @@ from torch import Tensor, fx
 
 from fxmpq.errors import TargetError
 from fxmpq.graph.batches import Batch, flat_inputs
-from fxmpq.graph.run import float_outputs
+from fxmpq.graph.run import float_outputs, run_batch
 from fxmpq.targets.target import Converted, LayerValue, agreement_db
 
 REQUIRED_AGREEMENT_DB = 35.0
 """Output SQNR against the simulation below which a conversion is looked at layer by layer, and
 SQNR of a layer's own output below which it is refused."""
+
+_SCATTER_DB = 10.0
+"""By how much runs that differ by rounding alone may differ in their agreement, where all of them
+are far from the simulation."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class _TargetFed(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule, values: Sequence[LayerValue]) -> None:
         super().__init__(graph)
-        self._values = {entry.node: entry for entry in values}
+        self._values = {entry.node: entry for entry in values if entry.layer}
         self.found: list[LayerAgreement] = []
 
     def run_node(self, n: fx.Node) -> object:
@@ -83,7 +87,9 @@ def layer_agreements(
     fed = _TargetFed(graph, values)
     with torch.no_grad():
         outputs = fed.run(*flat_inputs(graph, batch), enable_io_processing=False)
-    actual = [leaf for leaf in converted.run(batch) if leaf.is_floating_point()]
+    actual = _shown_outputs(values)
+    if not actual:
+        actual = [leaf for leaf in converted.run(batch) if leaf.is_floating_point()]
     last = agreement_db([leaf.cpu() for leaf in float_outputs(outputs)], actual)
     return (*fed.found, LayerAgreement("", last))
 
@@ -110,6 +116,7 @@ def check_layers(
         if not entry.sqnr_db >= REQUIRED_AGREEMENT_DB
     ]
     if agreements and not diverged:
+        _check_what_runs(graph, converted, batch, found_db)
         return
     text = (
         f"the converted model disagrees with the simulation: {found_db:.1f} dB SQNR on the "
@@ -118,6 +125,34 @@ def check_layers(
     if diverged:
         text += ". " + _first(agreements, diverged[0])
     raise TargetError(f"{text}. verify=False converts without this check")
+
+
+def _check_what_runs(
+    graph: fx.GraphModule, converted: Converted, batch: Batch, found_db: float
+) -> None:
+    """Refuse a model that agrees where it shows its layers, and not where it runs without that.
+
+    Showing layers may keep a runtime from fusing them. Rounding that is amplified takes both runs
+    equally far from the simulation; a wrong fused kernel only the one that has it.
+    """
+    values = () if converted.layer_values is None else converted.layer_values(batch)
+    shown = _shown_outputs(values)
+    if not shown:
+        return
+    expected = [leaf for leaf in run_batch(graph, batch) if isinstance(leaf, Tensor)]
+    shown_db = agreement_db([leaf for leaf in expected if leaf.is_floating_point()], shown)
+    if shown_db > found_db + _SCATTER_DB:
+        raise TargetError(
+            f"the converted model agrees with the simulation to {shown_db:.1f} dB SQNR while it "
+            f"shows what its layers compute, and to {found_db:.1f} dB without: what its runtime "
+            "fuses computes something else. verify=False converts without this check"
+        )
+
+
+def _shown_outputs(values: Sequence[LayerValue]) -> list[Tensor]:
+    """The model's outputs in the run that showed layers, where the target tells them."""
+    found = [entry.value.cpu() for entry in values if not entry.layer]
+    return [value for value in found if value.is_floating_point()]
 
 
 def _first(agreements: Sequence[LayerAgreement], position: int) -> str:

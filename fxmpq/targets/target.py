@@ -38,7 +38,8 @@ class LayerValue:
     """What a target computed for one layer.
 
     Args:
-        layer: The layer's name.
+        layer: The layer's name; empty for the model's outputs in the same run, which a target
+            tells if showing layers changes what is fused.
         node: The node of the planned graph that simulates it: the layer's own, or of what the
             target fuses with it, up to a quantizer.
         value: In real numbers.

@@ -97,6 +97,33 @@ def test_what_follows_the_last_layer_is_named(planned: fx.GraphModule) -> None:
     assert "All layers agree; what follows the last of them, 'other', gives 20.0 dB" in text
 
 
+@pytest.mark.parametrize(("output", "is_refused"), [(1.1, True), (1.0, False)])
+def test_what_runs_may_be_no_worse_than_what_shows_its_layers(
+    planned: fx.GraphModule, output: float, is_refused: bool
+) -> None:
+    """Both far from the simulation is amplified rounding; one of them alone is a wrong kernel."""
+
+    def converter(graph: fx.GraphModule, folder: Path | None) -> Converted:
+        made = target_of(one=1.001 if output == 1 else 1.0, output=output).convert(graph, folder)
+        assert made.layer_values is not None
+        shown = made.layer_values
+
+        def values(batch: Batch) -> list[LayerValue]:
+            one, other = shown(batch)
+            return [one, other, LayerValue("", "", one.value - other.value)]
+
+        return replace(made, layer_values=values)
+
+    target = replace(REFERENCE, convert=converter)
+    if is_refused:
+        text = refusal(planned, target)
+        assert "agrees with the simulation to inf dB SQNR while it shows" in text
+        assert "and to 20.0 dB without" in text
+    else:
+        made = convert(planned, target, verify=[X])
+        assert made.sqnr_db < REQUIRED_AGREEMENT_DB
+
+
 def test_a_target_that_does_not_tell_is_refused_without_a_layer(planned: fx.GraphModule) -> None:
     text = refusal(planned, target_of(one=1.001, tells=False))
     assert "where at least 35 dB are expected. verify=False" in text

@@ -44,9 +44,13 @@ class ExposedModel:
         self.loaded = OpenvinoModel(exposed, options, threads)
 
     def __call__(self, batch: Batch) -> list[LayerValue]:
-        """Run a batch; returns the quantized results of layers, in graph order."""
-        values = self.loaded(flat_inputs(self._graph, batch))[self._outputs :]
+        """Run a batch; returns the quantized results of layers, in graph order, and the outputs."""
+        values = self.loaded(flat_inputs(self._graph, batch))
+        outputs, values = values[: self._outputs], values[self._outputs :]
         return [
-            LayerValue(layer, quantizer, value)
-            for (quantizer, layer), value in zip(self._shown.items(), values, strict=True)
+            *(
+                LayerValue(layer, quantizer, value)
+                for (quantizer, layer), value in zip(self._shown.items(), values, strict=True)
+            ),
+            *(LayerValue("", "", value) for value in outputs),
         ]

@@ -48,7 +48,8 @@ def test_values_are_what_the_runtime_computed(
     made: Converted, planned: fx.GraphModule, images: list[Tensor]
 ) -> None:
     assert made.layer_values is not None
-    values = made.layer_values(images[0])
+    *values, outputs = made.layer_values(images[0])
+    assert (outputs.layer, outputs.node) == ("", "")
     assert [(entry.node, entry.layer) for entry in values] == list(computed_by(planned).items())
     for entry, found in zip(values, layer_agreements(planned, made, images[0]), strict=False):
         assert len(entry.value) == len(images[0])
@@ -89,6 +90,7 @@ def test_what_the_model_returns_is_shown_too(calibrated: Made, uniform: Made) ->
     made = convert(graph, verify=False)
     assert made.layer_values is not None
     shown = made.layer_values(x)
-    assert [entry.layer for entry in shown][:1] == ["first"]
+    assert [entry.layer for entry in shown] == ["first", "second", "", ""]
+    assert torch.equal(shown[2].value, made.run(x)[0])
     assert torch.equal(shown[0].value, made.run(x)[0])
     assert all(entry.sqnr_db > 50 for entry in layer_agreements(graph, made, x))

@@ -67,7 +67,7 @@ def test_what_products_compute_is_told_as_theirs(
 ) -> None:
     assert made.layer_values is not None
     sources = {node.name: node.args[0] for node in planned.graph.nodes if node.args}
-    told = {entry.node: entry.layer for entry in made.layer_values(token_batches[0])}
+    told = {entry.node: entry.layer for entry in made.layer_values(token_batches[0]) if entry.layer}
     behind = {"softmax": "scores", "_safe_softmax": "scores", "reshape": "context"}
     found = [
         (layer.split(".")[-1], behind[kind])
