@@ -24,13 +24,13 @@ from fxmpq.report.plots import save_picture
 from fxmpq.report.refinement_plot import save_refinement
 from fxmpq.report.report import Report
 from fxmpq.report.tables import print_tables
-from fxmpq.wording import decibels, percent, seconds
 from fxmpq.sensitivity.measure import METHODS, check_method
 from fxmpq.sensitivity.measure import method_options as option_names
 from fxmpq.solver.programs import check_program, program_of
 from fxmpq.steps import further_of
 from fxmpq.targets.registry import get_target
 from fxmpq.training.loss import batch_samples, classification_loss
+from fxmpq.wording import decibels, percent, seconds
 
 
 def run_recipe(recipe: Recipe, console: Console | None = None) -> Report:
