@@ -35,12 +35,13 @@ class ExposedGraph:
         self._compiled = CompiledGraph(program)
 
     def __call__(self, batch: Batch) -> list[LayerValue]:
-        """Run a batch; returns the quantized results of layers, in graph order."""
-        outputs = self._compiled(flat_inputs(self._graph, batch))
-        codes = outputs[len(outputs) - len(self._makers) :]
-        return [
+        """Run a batch; returns the quantized results of layers, in graph order, and the outputs."""
+        returned = self._compiled(flat_inputs(self._graph, batch))
+        count = len(returned) - len(self._makers)
+        shown = [
             LayerValue(layer, quantizer, dequantized(value, maker))
             for (quantizer, layer), value, maker in zip(
-                self._layers.items(), codes, self._makers, strict=True
+                self._layers.items(), returned[count:], self._makers, strict=True
             )
         ]
+        return [*shown, *(LayerValue("", "", value) for value in returned[:count])]

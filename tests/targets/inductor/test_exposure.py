@@ -15,7 +15,9 @@ def test_values_are_what_the_kernels_computed(
     made: Converted, planned: fx.GraphModule, images: list[Tensor]
 ) -> None:
     assert made.layer_values is not None
-    values = made.layer_values(images[0])
+    *values, outputs = made.layer_values(images[0])
+    assert (outputs.layer, outputs.node) == ("", "")
+    assert torch.allclose(outputs.value, made.run(images[0])[0], atol=1e-2)
     assert [(entry.node, entry.layer) for entry in values] == list(computed_by(planned).items())
     assert [entry.layer for entry in values] == ["stem.0", "conv1", "conv2"]
     for entry in layer_agreements(planned, made, images[0]):
