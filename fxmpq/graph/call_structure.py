@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import fx
 from torch.fx.graph import _PyTreeCodeGen
+from torch.utils import _pytree as pytree
 
 
 class CallStructure(_PyTreeCodeGen):
@@ -16,3 +20,18 @@ class CallStructure(_PyTreeCodeGen):
 
     def __deepcopy__(self, memo: dict[int, object]) -> CallStructure:
         return self
+
+
+def return_flat(graph: fx.GraphModule, values: Sequence[fx.Node]) -> None:
+    """Let a graph that is called as before return a flat tuple, in place.
+
+    Args:
+        graph: Whose call maps trees to placeholders.
+        values: What it is to return.
+    """
+    graph.graph.output_node().args = (tuple(values),)
+    found = graph.graph._codegen
+    assert isinstance(found, _PyTreeCodeGen)
+    outputs = pytree.tree_structure((0,) * len(values))
+    graph.graph.set_codegen(CallStructure(found.pytree_info._replace(out_spec=outputs)))
+    graph.recompile()

@@ -81,15 +81,25 @@ def layer_agreements(
         An entry a layer that the target tells about, in the order they run, then one for the
         model's outputs; empty if it tells about none.
     """
-    values = () if converted.layer_values is None else converted.layer_values(batch)
+    return _agreements(graph, converted, batch, _told(converted, batch))
+
+
+def _told(converted: Converted, batch: Batch) -> Sequence[LayerValue]:
+    """What a target tells about a batch: nothing if it does not tell about layers."""
+    return () if converted.layer_values is None else converted.layer_values(batch)
+
+
+def _agreements(
+    graph: fx.GraphModule, converted: Converted, batch: Batch, values: Sequence[LayerValue]
+) -> tuple[LayerAgreement, ...]:
+    """See `layer_agreements`; the values are what the target told about the batch."""
     if not values:
         return ()
     fed = _TargetFed(graph, values)
     with torch.no_grad():
         outputs = fed.run(*flat_inputs(graph, batch), enable_io_processing=False)
-    actual = _shown_outputs(values)
-    if not actual:
-        actual = [leaf for leaf in converted.run(batch) if leaf.is_floating_point()]
+    returned = _shown_outputs(values) or converted.run(batch)
+    actual = [leaf for leaf in returned if leaf.is_floating_point()]
     last = agreement_db([leaf.cpu() for leaf in float_outputs(outputs)], actual)
     return (*fed.found, LayerAgreement("", last))
 
@@ -109,14 +119,15 @@ def check_layers(
         TargetError: Naming the layer that diverges first, its SQNR and that of the layer before
             it, and what to try; without a layer if the target does not tell about layers.
     """
-    agreements = layer_agreements(graph, converted, batch)
+    values = _told(converted, batch)
+    agreements = _agreements(graph, converted, batch, values)
     diverged = [
         position
         for position, entry in enumerate(agreements)
         if not entry.sqnr_db >= REQUIRED_AGREEMENT_DB
     ]
     if agreements and not diverged:
-        _check_what_runs(graph, converted, batch, found_db)
+        _check_what_runs(graph, batch, _shown_outputs(values), found_db)
         return
     text = (
         f"the converted model disagrees with the simulation: {found_db:.1f} dB SQNR on the "
@@ -128,19 +139,17 @@ def check_layers(
 
 
 def _check_what_runs(
-    graph: fx.GraphModule, converted: Converted, batch: Batch, found_db: float
+    graph: fx.GraphModule, batch: Batch, shown: Sequence[Tensor], found_db: float
 ) -> None:
     """Refuse a model that agrees where it shows its layers, and not where it runs without that.
 
     Showing layers may keep a runtime from fusing them. Rounding that is amplified takes both runs
     equally far from the simulation; a wrong fused kernel only the one that has it.
     """
-    values = () if converted.layer_values is None else converted.layer_values(batch)
-    shown = _shown_outputs(values)
     if not shown:
         return
     expected = [leaf for leaf in run_batch(graph, batch) if isinstance(leaf, Tensor)]
-    shown_db = agreement_db([leaf for leaf in expected if leaf.is_floating_point()], shown)
+    shown_db = agreement_db(expected, shown)
     if shown_db > found_db + _SCATTER_DB:
         raise TargetError(
             f"the converted model agrees with the simulation to {shown_db:.1f} dB SQNR while it "
@@ -151,8 +160,7 @@ def _check_what_runs(
 
 def _shown_outputs(values: Sequence[LayerValue]) -> list[Tensor]:
     """The model's outputs in the run that showed layers, where the target tells them."""
-    found = [entry.value.cpu() for entry in values if not entry.layer]
-    return [value for value in found if value.is_floating_point()]
+    return [entry.value.cpu() for entry in values if not entry.layer]
 
 
 def _first(agreements: Sequence[LayerAgreement], position: int) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import fx
-from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from fxmpq.graph.call_structure import CallStructure
+from fxmpq.graph.call_structure import return_flat
 
 aten = torch.ops.aten
 
@@ -57,14 +56,8 @@ def return_tensors_alone(graph: fx.GraphModule) -> None:
     output = graph.graph.output_node()
     leaves = pytree.tree_leaves(output.args)
     kept = tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node) and not _is_number(leaf))
-    if len(kept) == len(leaves):
-        return
-    output.args = (kept,)
-    found = graph.graph._codegen
-    assert isinstance(found, _PyTreeCodeGen)
-    structure = found.pytree_info._replace(out_spec=pytree.tree_structure(kept))
-    graph.graph.set_codegen(CallStructure(structure))
-    graph.recompile()
+    if len(kept) < len(leaves):
+        return_flat(graph, kept)
 
 
 def _is_number(node: fx.Node) -> bool:

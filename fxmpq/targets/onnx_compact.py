@@ -95,7 +95,7 @@ def _number_values(graph: onnx.GraphProto) -> None:
     kept |= {entry.name for entry in graph.initializer if not _AUTOMATIC.fullmatch(entry.name)}
     for node in graph.node:
         # Graphs inside a node read values of this one by their names.
-        kept |= {name for inner in _inner_graphs(node) for name in _names_in(inner)}
+        kept |= {name for inner in inner_graphs(node) for name in _names_in(inner)}
     free = (name for name in map(str, itertools.count()) if name not in kept)
     found = {name: name for name in kept}
 
@@ -111,7 +111,12 @@ def _number_values(graph: onnx.GraphProto) -> None:
         entry.name = numbered(entry.name)
 
 
-def _inner_graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+def inner_graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs inside a node, as the branches of an `If`.
+
+    Args:
+        node: It is only read.
+    """
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g
@@ -123,5 +128,5 @@ def _names_in(graph: onnx.GraphProto) -> Iterator[str]:
     yield from (entry.name for entry in (*graph.input, *graph.output, *graph.initializer))
     for node in graph.node:
         yield from (*node.input, *node.output)
-        for inner in _inner_graphs(node):
+        for inner in inner_graphs(node):
             yield from _names_in(inner)

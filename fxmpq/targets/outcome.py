@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 from torch import fx
 
@@ -45,6 +46,32 @@ def layer_reports(
                 rows.append(LayerReport(member.name, str(precision), *kernel(member, precision)))
     rows += [LayerReport(name, "fp32", "float", reason) for name, reason in reasons.items()]
     return tuple(rows)
+
+
+def computed_elsewhere(
+    rows: Sequence[LayerReport], places: Collection[str], kernel: str
+) -> tuple[LayerReport, ...]:
+    """Name what runs for float operators at some places, of layers and of what no group has.
+
+    Args:
+        rows: From `layer_reports`.
+        places: As reports name them. A layer on codes may have such a name too, and stays as it is.
+        kernel: What runs there.
+    """
+    return tuple(
+        replace(row, kernel=kernel) if row.asked == "fp32" and row.layer in places else row
+        for row in rows
+    )
+
+
+def layer_names(graph: fx.GraphModule) -> dict[str, str]:
+    """Names of a planned graph's layers and products, by the node that computes each.
+
+    Args:
+        graph: With groups.
+    """
+    groups = state_of(graph).groups
+    return {member.node: member.name for group in groups for member in group.members}
 
 
 def layer_precision(member: Member, precision: Precision) -> Precision:

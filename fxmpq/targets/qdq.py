@@ -24,7 +24,7 @@ from fxmpq.quantizers.scales import scale_rows, spread_scale
 # Defines the operators `fxmpq::*` of this form.
 from fxmpq.targets import qdq_operators  # noqa: F401
 from fxmpq.targets.lowering import finish, lower, quantizer_of, store_tensor
-from fxmpq.targets.outcome import layer_precision
+from fxmpq.targets.outcome import layer_names, layer_precision
 
 aten = torch.ops.aten
 
@@ -159,7 +159,7 @@ def computed_by(graph: fx.GraphModule) -> dict[str, str]:
         Its name by that of the quantizer's node, in graph order; without quantizers that none
         comes before.
     """
-    names = {member.node: member.name for g in state_of(graph).groups for member in g.members}
+    names = layer_names(graph)
     order = {node: position for position, node in enumerate(graph.graph.nodes)}
     nodes = {node.name: node for node in order}
     found: dict[str, str] = {}

@@ -20,6 +20,13 @@ from fxmpq.callbacks import MixedPrecisionCallback
 from fxmpq.graph.state import state_of
 
 CLASSES = 4
+QUIET_TRAINER = pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec.*is deprecated",  # Lightning 2.6 and torch 2.13
+    "ignore:The '.*_dataloader' does not have many workers",
+    "ignore:The number of training batches",
+    "ignore:Checkpoint directory .* exists and is not empty",
+)
+QUIET_RESUMING = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 
 
 class Classifier(LightningModule):

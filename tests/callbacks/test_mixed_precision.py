@@ -15,12 +15,9 @@ import fxmpq
 from fxmpq.callbacks import MixedPrecisionCallback
 from fxmpq.graph.state import state_of
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*LeafSpec.*is deprecated",  # Lightning 2.6 and torch 2.13
-    "ignore:The '.*_dataloader' does not have many workers",
-    "ignore:The number of training batches",
-    "ignore:Checkpoint directory .* exists and is not empty",
-)
+from .conftest import QUIET_TRAINER
+
+pytestmark = QUIET_TRAINER
 MakeTrainer = Callable[..., Trainer]
 LowBits = Callable[..., MixedPrecisionCallback]
 ByHand = Callable[..., dict[str, float]]

@@ -23,12 +23,9 @@ from fxmpq.errors import (
     TargetError,
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*LeafSpec.*is deprecated",  # Lightning 2.6 and torch 2.13
-    "ignore:The '.*_dataloader' does not have many workers",
-    "ignore:The number of training batches",
-    "ignore:Checkpoint directory .* exists and is not empty",
-)
+from .conftest import QUIET_TRAINER
+
+pytestmark = QUIET_TRAINER
 MakeTrainer = Callable[..., Trainer]
 LowBits = Callable[..., MixedPrecisionCallback]
 Equal = Callable[[nn.Module, nn.Module], bool]

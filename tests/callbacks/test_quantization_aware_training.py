@@ -24,15 +24,17 @@ from fxmpq.quantizers.planned import PlannedQuantizer
 from fxmpq.training.distillation import divergence
 from fxmpq.training.planned import trainable_plan
 
-from .conftest import KilledError, MakeTrainer, StopsAfter, fit, outputs
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*LeafSpec.*is deprecated",  # Lightning 2.6 and torch 2.13
-    "ignore:The '.*_dataloader' does not have many workers",
-    "ignore:The number of training batches",
-    "ignore:Checkpoint directory .* exists and is not empty",
-    "ignore:Be aware that when using `ckpt_path`",
+from .conftest import (
+    QUIET_RESUMING,
+    QUIET_TRAINER,
+    KilledError,
+    MakeTrainer,
+    StopsAfter,
+    fit,
+    outputs,
 )
+
+pytestmark = [QUIET_TRAINER, QUIET_RESUMING]
 SCRIPT = Path(__file__).with_name("two_ranks_training.py")
 
 

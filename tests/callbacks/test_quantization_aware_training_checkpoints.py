@@ -11,15 +11,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from fxmpq.callbacks import QuantizationAwareTraining
 from fxmpq.errors import FxmpqError
 
-from .conftest import KilledError, MakeTrainer, StopsAfter, fit, outputs
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*LeafSpec.*is deprecated",  # Lightning 2.6 and torch 2.13
-    "ignore:The '.*_dataloader' does not have many workers",
-    "ignore:The number of training batches",
-    "ignore:Checkpoint directory .* exists and is not empty",
-    "ignore:Be aware that when using `ckpt_path`",
+from .conftest import (
+    QUIET_RESUMING,
+    QUIET_TRAINER,
+    KilledError,
+    MakeTrainer,
+    StopsAfter,
+    fit,
+    outputs,
 )
+
+pytestmark = [QUIET_TRAINER, QUIET_RESUMING]
 
 
 @pytest.mark.parametrize("distillation", [0.0, 0.5])

@@ -20,6 +20,8 @@ from fxmpq.refinement.methods import METHODS, Method
 from fxmpq.refinement.units import Units
 from fxmpq.steps import prepare
 
+from .conftest import assert_same
+
 Subject = Any
 
 # Every method with options that make it quick.
@@ -56,13 +58,6 @@ def contents(graph: fx.GraphModule) -> dict[str, Any]:
         if isinstance(module, ActivationQuantizer):
             found[name] = copy.deepcopy(module.ranges)
     return found
-
-
-def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        same = torch.equal(value, other[name]) if isinstance(value, Tensor) else None
-        assert (value == other[name]) if same is None else same, name
 
 
 def test_every_method_is_in_this_contract_but_those_that_train() -> None:

@@ -7,7 +7,13 @@ from torch import Tensor, fx
 from fxmpq.formats import Precision
 from fxmpq.graph.state import Layer, Member, Product, require
 from fxmpq.graph.switch import with_choices
-from fxmpq.targets.outcome import layer_precision, layer_reports
+from fxmpq.targets.outcome import (
+    computed_elsewhere,
+    layer_names,
+    layer_precision,
+    layer_reports,
+)
+from fxmpq.targets.target import LayerReport
 
 Made = Callable[..., fx.GraphModule]
 
@@ -80,3 +86,20 @@ def test_products_are_listed_with_their_activations(
     assert [(row.asked, row.kernel) for row in rows] == [("a8", "matmul kernel a8")] * 4
     assert layer_precision(Product("s", "s", 1), Precision(4, 8)) == Precision(None, 8)
     assert layer_precision(Product("s", "s", 1), Precision(4)).is_float
+
+
+def test_only_float_rows_are_said_to_be_computed_elsewhere() -> None:
+    rows = [LayerReport(*row) for row in [("a", "fp32", "float", "x"), ("b", "fp32", "float", "")]]
+    on_codes = LayerReport("a", "w8a8", "int8", "")
+    first, second, third = computed_elsewhere([*rows, on_codes], {"a"}, "bfloat16")
+    assert (first.kernel, first.reason) == ("bfloat16", "x")
+    assert (second, third) == (rows[1], on_codes)
+
+
+def test_layers_are_named_by_their_nodes(
+    calibrated: Made, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> None:
+    names = layer_names(calibrated(conv_graph, images))
+    nodes = {node.name for node in conv_graph.graph.nodes}
+    assert set(names) <= nodes
+    assert sorted(names.values()) == ["conv1", "conv2", "downsample.0", "fc", "stem.0"]

@@ -9,14 +9,12 @@ sources state.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, fx
 
 from fxmpq.graph.batches import Batch, graph_device
 from fxmpq.graph.run import run_batch
-from fxmpq.graph.state import state_of
 from fxmpq.targets.cuda.activations import ActivationCodes
 from fxmpq.targets.cuda.bf16 import compute_in_bfloat16
 from fxmpq.targets.cuda.device import device_facts
@@ -24,7 +22,7 @@ from fxmpq.targets.cuda.rewrite import rewrite_layer
 from fxmpq.targets.cuda.weighted import read_layer
 from fxmpq.targets.layer_outputs import LayerOutputs
 from fxmpq.targets.lowering import finish, lower
-from fxmpq.targets.outcome import layer_reports
+from fxmpq.targets.outcome import computed_elsewhere, layer_names, layer_reports
 from fxmpq.targets.qdq import layers_of
 from fxmpq.targets.reference.convert import convert_reference
 from fxmpq.targets.target import Converted, LayerValue
@@ -69,10 +67,7 @@ def convert_cuda(
     def layer_values(batch: Batch) -> Sequence[LayerValue]:
         return LayerOutputs(converted, layers).collect(batch)
 
-    layers = {member.node: member.name for g in state_of(graph).groups for member in g.members}
+    layers = layer_names(graph)
     reports = layer_reports(graph, lambda member, _: outcomes[member.name], lambda _: float_name)
-    reports = tuple(
-        replace(row, kernel=float_name) if row.asked == "fp32" and row.layer in narrowed else row
-        for row in reports
-    )
+    reports = computed_elsewhere(reports, narrowed, float_name)
     return Converted(name, run, converted, files, reports, layer_values=layer_values)

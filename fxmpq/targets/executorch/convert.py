@@ -17,7 +17,7 @@ from fxmpq.targets.executorch.loaded import ExecutorchModel
 from fxmpq.targets.executorch.lowered import Lowered, lower_program
 from fxmpq.targets.executorch.rewrite import stored_names, to_xnnpack_form
 from fxmpq.targets.executorch.sizes import LARGEST, FreeSizes
-from fxmpq.targets.outcome import layer_reports
+from fxmpq.targets.outcome import layer_names, layer_reports
 from fxmpq.targets.program import free_limits, rewritten_program
 from fxmpq.targets.qdq import active_quantizers, computed_by
 from fxmpq.targets.target import Converted, LayerValue
@@ -46,7 +46,7 @@ def convert_executorch(graph: fx.GraphModule, output: Path | None, rules: Target
     def run(batch: Batch) -> Sequence[Tensor]:
         return loaded(flat_inputs(graph, batch))
 
-    layers = {member.node: member.name for g in state_of(graph).groups for member in g.members}
+    layers = layer_names(graph)
     layers |= computed_by(graph)
 
     @cache

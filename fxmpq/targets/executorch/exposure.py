@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
+
+from fxmpq.graph.call_structure import return_flat
 
 quantized_decomposed = torch.ops.quantized_decomposed
 
@@ -38,11 +39,5 @@ def return_activations(graph: fx.GraphModule, quantizers: Sequence[str]) -> list
         elif "layer" in node.meta:
             shown.append(node)
             names.append(node.meta["layer"])
-    output.args = ((*leaves, *shown),)
-    codegen = copy.copy(graph.graph._codegen)
-    spec = pytree.tree_structure(tuple(range(len(leaves) + len(shown))))
-    described = vars(codegen)
-    described["pytree_info"] = described["pytree_info"]._replace(out_spec=spec)
-    graph.graph.set_codegen(codegen)
-    graph.recompile()
+    return_flat(graph, [*leaves, *shown])
     return names

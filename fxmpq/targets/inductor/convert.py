@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from fxmpq.targets.inductor.compiled import CompiledGraph
 from fxmpq.targets.inductor.compiler import check_compiler
 from fxmpq.targets.inductor.exposure import ExposedGraph
 from fxmpq.targets.inductor.program import inductor_program
-from fxmpq.targets.outcome import layer_reports
+from fxmpq.targets.outcome import computed_elsewhere, layer_reports
 from fxmpq.targets.reference.convert import convert_reference
 from fxmpq.targets.target import Converted, LayerValue
 
@@ -69,10 +68,7 @@ def convert_inductor(
     def float_kernel(found: Member) -> str:
         return "bfloat16" if found.node in program.narrowed else "float"
 
-    # A product that no group has is named by its place, as a layer on codes may be.
-    places = frozenset(program.narrowed.values())
-    reports = tuple(
-        replace(row, kernel="bfloat16") if row.asked == "fp32" and row.layer in places else row
-        for row in layer_reports(graph, compiled.kernels.of_quantized, float_kernel)
-    )
+    reports = layer_reports(graph, compiled.kernels.of_quantized, float_kernel)
+    # A product that no group has is named by its place.
+    reports = computed_elsewhere(reports, program.narrowed.values(), "bfloat16")
     return Converted(name, run, compiled, files, reports, layer_values=layer_values)

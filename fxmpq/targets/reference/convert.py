@@ -22,7 +22,7 @@ from fxmpq.quantizers.packing import pack_codes, unpack_codes
 from fxmpq.quantizers.scales import pack_scale, spread_scale, unpack_scale
 from fxmpq.targets.layer_outputs import LayerOutputs
 from fxmpq.targets.lowering import finish, lower, quantizer_of
-from fxmpq.targets.outcome import layer_reports
+from fxmpq.targets.outcome import layer_names, layer_reports
 from fxmpq.targets.target import Converted, LayerValue
 
 SCHEMA = "fxmpq.reference"
@@ -100,7 +100,7 @@ def convert_reference(graph: fx.GraphModule, output: Path | None) -> Converted:
     def layer_values(batch: Batch) -> Sequence[LayerValue]:
         return LayerOutputs(converted, layers).collect(batch)
 
-    layers = {member.node: member.name for g in state_of(graph).groups for member in g.members}
+    layers = layer_names(graph)
     reports = layer_reports(graph, _kernel)
     return Converted("reference", run, converted, files, reports, layer_values=layer_values)
 

@@ -12,6 +12,8 @@ import onnx.checker
 import onnx.inliner
 import onnx.numpy_helper
 
+from fxmpq.targets.onnx_compact import inner_graphs
+
 _EXTERNAL = onnx.TensorProto.EXTERNAL
 _STANDARD = ("", "ai.onnx")
 
@@ -112,8 +114,7 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def _inner_graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        yield from (inner for inner in (attribute.g, *attribute.graphs) if inner.node)
+    return (inner for inner in inner_graphs(node) if inner.node)
 
 
 def _inlined(proto: onnx.ModelProto) -> onnx.ModelProto:
