@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -33,12 +34,14 @@ class InductorProgram:
             weight, joined ones of several layers, or the codes of an embedding's.
         quantizers: The node that makes codes, by the planned graph's node that simulates it.
         narrowed: What is computed in bfloat16, as `compute_in_bfloat16` names it.
+        is_pointwise: Whether it has convolutions whose kernels are of one element.
     """
 
     graph: fx.GraphModule
     marks: Mapping[str, list[str]]
     quantizers: Mapping[str, fx.Node] = field(repr=False)
     narrowed: Mapping[str, str] = field(default_factory=dict)
+    is_pointwise: bool = False
 
 
 def inductor_program(graph: fx.GraphModule, *, is_bfloat16: bool = False) -> InductorProgram:
@@ -70,7 +73,11 @@ def inductor_program(graph: fx.GraphModule, *, is_bfloat16: bool = False) -> Ind
     rewritten.graph.set_codegen(fx.graph.CodeGen())
     finish(rewritten)
     makers = dict(zip(active_quantizers(graph), made, strict=True))
-    return InductorProgram(rewritten, marks, makers, narrowed)
+    is_pointwise = any(
+        layer.kind == "conv" and math.prod(layer.weight_shape[2:]) == 1
+        for layer, _ in layers_of(graph)
+    )
+    return InductorProgram(rewritten, marks, makers, narrowed, is_pointwise)
 
 
 def _scales(layer: fx.Node) -> str:

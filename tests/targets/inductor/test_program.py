@@ -51,6 +51,18 @@ def test_makers_of_codes_are_found_by_the_quantizers_they_are_made_of(
         assert torch.equal(dequantized(codes, maker), expected)
 
 
+def test_convolutions_of_one_element_are_told(
+    planned: fx.GraphModule,
+    calibrated: Made,
+    uniform: Made,
+    bert_graph: fx.GraphModule,
+    token_batches: list[dict[str, Tensor]],
+) -> None:
+    assert inductor_program(planned).is_pointwise
+    bert = uniform(calibrated(bert_graph, token_batches, "inductor"))
+    assert not inductor_program(bert).is_pointwise
+
+
 def test_the_planned_graph_is_left_alone(planned: fx.GraphModule, images: list[Tensor]) -> None:
     before, names = run_batch(planned, images[0])[0], set(planned.state_dict())
     inductor_program(planned)
