@@ -1,4 +1,4 @@
-"""What a target's rules found in a graph: fusions, joins, and why some did not fire."""
+"""What a target's rules found in a graph: fusions, joins, integer biases; why some do not fire."""
 
 from __future__ import annotations
 
@@ -33,6 +33,22 @@ class Join:
     rule: str
     layer: str
     other: str
+
+
+@dataclass(frozen=True)
+class BiasUnits:
+    """In what units the target stores a layer's bias, as integers of 32 bits.
+
+    The unit of an output channel with weight scale `s_w` and codes of `b` bits is
+    `s_x s_w / 2^max(width - b, 0)`.
+
+    Args:
+        source: Module name of the activation quantizer whose scale is `s_x`.
+        width: Bits that codes of fewer bits are multiplied up to; 0 if none are.
+    """
+
+    source: str
+    width: int = 0
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from fxmpq.graph.debug import checked
 from fxmpq.graph.findings import Fusion, Join
 from fxmpq.graph.fusions import find_fusions
 from fxmpq.graph.groups import Grouping, form_groups
+from fxmpq.graph.integer_biases import with_bias_units
 from fxmpq.graph.layers import find_layers
 from fxmpq.graph.legality.stages import check_stage
 from fxmpq.graph.operators import OPERATORS, argument
@@ -94,6 +95,7 @@ def insert_quantizers(
     nodes = {node.name: node for node in prepared.graph.nodes}
     weights: dict[str, fx.Node] = {}
     finished = tuple(_finish_group(prepared, nodes, group, owned, weights) for group in groups)
+    finished = with_bias_units(prepared, finished, rules)
     floats = [*exclude, *(pattern for pattern, found in pins.items() if found.is_float)]
     excluded = tuple(
         LeftFloat(member.name, _why_float(member, group, rules, wanted, floats))

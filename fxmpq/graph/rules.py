@@ -28,6 +28,9 @@ class OperatorRule:
         dynamic: What the ranges of integer activations may cover that are found at every run.
         blocks_are_whole: Whether the weights of an output channel must be whole blocks.
         only: The precisions that run, where not all do that the above allows; `None` for all.
+        bias_width: Of layers on integers with calibrated ranges, whose biases the target stores as
+            integers in units of both scales: bits that weights' codes of fewer bits are multiplied
+            up to, which makes the units finer, 0 if none are. `None` if biases are real numbers.
     """
 
     weight_bits: frozenset[int]
@@ -39,6 +42,7 @@ class OperatorRule:
     dynamic: frozenset[Dynamic] = frozenset()
     blocks_are_whole: bool = False
     only: frozenset[Precision] | None = None
+    bias_width: int | None = None
 
     @property
     def is_weight_only(self) -> bool:

@@ -11,7 +11,7 @@ from torch.utils._pytree import TreeSpec
 
 from fxmpq.errors import FxmpqError
 from fxmpq.formats import Precision
-from fxmpq.graph.findings import Fusion, Join, Missed
+from fxmpq.graph.findings import BiasUnits, Fusion, Join, Missed
 from fxmpq.quantizers.rule import RuleChoice
 
 _KEY = "fxmpq"
@@ -32,6 +32,7 @@ class Layer:
         weight_quantizer: Module name of its weight quantizer, once prepared.
         bias_correction: Module name of its bias correction, once prepared.
         input_quantizer: Module name of the quantizer it reads directly, if it does.
+        bias_units: Of its bias, where the target stores it in integers.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Layer:
     weight_quantizer: str | None = None
     bias_correction: str | None = None
     input_quantizer: str | None = None
+    bias_units: BiasUnits | None = None
 
 
 @dataclass(frozen=True)

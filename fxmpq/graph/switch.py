@@ -10,6 +10,7 @@ from torch import fx
 from fxmpq.errors import PlanError, closest
 from fxmpq.formats import Precision
 from fxmpq.graph.debug import checked
+from fxmpq.graph.integer_biases import round_biases
 from fxmpq.graph.state import Group, copy_graph, require, with_state
 from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
 
@@ -69,4 +70,6 @@ def with_choices(graph: fx.GraphModule, choices: Mapping[str, str]) -> fx.GraphM
     for group in state.groups:
         switch_group(switched, group, chosen[group.name])
     named = {name: str(precision) for name, precision in chosen.items()}
-    return checked(with_state(switched, replace(state, choices=named)), "apply")
+    with_state(switched, replace(state, choices=named))
+    round_biases(switched)
+    return checked(switched, "apply")

@@ -152,7 +152,9 @@ class BiasCorrection(nn.Module):
 
     With weight error `dW` and mean input `E[x]`, the shift is `-E[dW * x]` per output
     channel (empirical bias correction, Nagel et al. 2019, arXiv:1906.04721). Shifts are
-    buffers named `shift_<weight format>`, shape `[channels]`.
+    buffers named `shift_<weight format>`, shape `[channels]`. Where the target stores biases as
+    integers, the buffer `rounding`, shape `[channels]`, takes the sum to the nearest of them;
+    it goes with one precision of the layer, and is gone when another becomes active.
 
     Args:
         name: The layer's name.
@@ -172,16 +174,37 @@ class BiasCorrection(nn.Module):
         found = getattr(self, f"shift_{number_format.name}", None)
         return found if isinstance(found, Tensor) else None
 
+    def set_rounding(self, rounding: Tensor | None) -> None:
+        """Store what rounds the shifted bias of the active precision; `None` for nothing."""
+        self.register_buffer("rounding", rounding)
+
     def activate(self, number_format: NumberFormat | None) -> None:
         """Correct for this weight format from now on; `None` switches off."""
         self.active = number_format
+        if self.added_rounding is not None:
+            self.set_rounding(None)
+
+    @property
+    def added_rounding(self) -> Tensor | None:
+        """What rounds the shifted bias, or `None` where nothing does."""
+        found = getattr(self, "rounding", None)
+        return found if isinstance(found, Tensor) else None
+
+    @property
+    def added(self) -> Tensor | None:
+        """What is added to the bias now, shape `[channels]`; `None` for nothing."""
+        shift = None if self.active is None else self.shift(self.active)
+        rounding = self.added_rounding
+        if shift is None or rounding is None:
+            return rounding if shift is None else shift
+        return shift + rounding
 
     def forward(self, bias: Tensor | None) -> Tensor | None:
-        """Return the bias, shape `[channels]` or `None`, with the active shift added."""
-        shift = None if self.active is None else self.shift(self.active)
-        if shift is None:
+        """Return the bias, shape `[channels]` or `None`, with what is added to it now."""
+        added = self.added
+        if added is None:
             return bias
-        return shift if bias is None else bias + shift
+        return added if bias is None else bias + added
 
     def extra_repr(self) -> str:
         """What `print` shows."""

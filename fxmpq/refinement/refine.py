@@ -15,6 +15,7 @@ from fxmpq.formats import NumberFormat, Precision
 from fxmpq.graph.batches import Batch, flat_inputs, materialize
 from fxmpq.graph.calibration_identity import calibration_identity
 from fxmpq.graph.debug import checked
+from fxmpq.graph.integer_biases import round_biases
 from fxmpq.graph.state import Refinement, copy_graph, require, with_state
 from fxmpq.graph.switch import switch_group, with_choices
 from fxmpq.identity import identity
@@ -102,6 +103,8 @@ def refine(
             run = _bound(METHODS[name].refine, batches, units, options)
             done += _stitch(planned, run) if is_stitching else run(planned)
             checked(planned, f"refine, method {name}")
+        if not is_stitching:
+            round_biases(planned)
     state = require(planned, stage="calibrated")
     return with_state(planned, replace(state, refinements=(*state.refinements, *done)))
 

@@ -46,7 +46,7 @@ def value_numbers(graph: fx.GraphModule) -> dict[str, int]:
 def _is_idle(module: object) -> bool:
     """Whether a module returns what it reads."""
     if isinstance(module, BiasCorrection):
-        return module.active is None or module.shift(module.active) is None
+        return module.added is None
     return isinstance(module, ActivationQuantizer) and module.active is None
 
 
@@ -66,6 +66,5 @@ def _key(node: fx.Node, module: object, numbers: dict[fx.Node, int]) -> str:
     elif isinstance(module, WeightQuantizer):
         called = (module.name, module.active)
     elif isinstance(module, BiasCorrection):
-        shift = None if module.active is None else module.shift(module.active)
-        called = None if shift is None else shift.tolist()
+        called = None if module.added is None else module.added.tolist()
     return f"{node.op} {called!r} {operands!r}"

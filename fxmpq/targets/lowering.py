@@ -86,8 +86,7 @@ def _holds(graph: fx.GraphModule, name: str, tensor: Tensor) -> bool:
 def _bake_bias(graph: fx.GraphModule, node: fx.Node, correction: BiasCorrection) -> None:
     """Replace a bias correction by a stored bias, or by the original one."""
     source = node.args[0]
-    shift = None if correction.active is None else correction.shift(correction.active)
-    if shift is None:
+    if correction.added is None:
         for user in list(node.users):
             user.args = tuple(source if arg is node else arg for arg in user.args)
     else:

@@ -149,7 +149,10 @@ def _begin_at_codes(graph: fx.GraphModule, name: str, quantizer: WeightQuantizer
 
 
 def _let_biases_learn(graph: fx.GraphModule, state: GraphState) -> None:
-    """Add every active shift to its layer's own bias, or let it learn where there is none."""
+    """Add every active shift to its layer's own bias, or let it learn where there is none.
+
+    A bias that the target stores as an integer begins at it, and trains as a real number.
+    """
     nodes = {node.name: node for node in graph.graph.nodes}
     modules: dict[str, nn.Module] = dict(graph.named_modules())
     calls = {str(node.target): node for node in nodes.values() if node.op == "call_module"}
@@ -162,7 +165,7 @@ def _let_biases_learn(graph: fx.GraphModule, state: GraphState) -> None:
         if not isinstance(correction, BiasCorrection):
             continue
         assert layer.bias_correction is not None
-        shift = None if correction.active is None else correction.shift(correction.active)
+        shift = correction.added
         # What the state of a graph in training holds does not depend on where it began.
         for name, _ in list(correction.named_buffers()):
             correction.register_buffer(name, None)

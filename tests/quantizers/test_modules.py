@@ -172,6 +172,23 @@ def test_a_bias_is_shifted_only_for_the_active_format() -> None:
     assert correction.shift(INT8) is None
 
 
+def test_a_rounding_of_the_bias_goes_with_one_precision() -> None:
+    correction, bias = BiasCorrection("fc"), torch.tensor([2.0, 2.0])
+    correction.set_shift(INT4, torch.tensor([1.0, -1.0]))
+    correction.activate(INT4)
+    correction.set_rounding(torch.tensor([0.25, 0.0]))
+    assert correction(bias).tolist() == [3.25, 1.0]
+    assert correction(None).tolist() == [1.25, -1.0]
+    assert set(correction.state_dict()) == {"shift_int4", "rounding"}
+    correction.activate(INT8)
+    assert correction.added is None
+    correction.set_rounding(torch.tensor([0.5, 0.0]))
+    assert correction(bias).tolist() == [2.5, 2.0]
+    assert correction(None).tolist() == [0.5, 0.0]
+    correction.activate(INT4)
+    assert correction(bias).tolist() == [3.0, 1.0]
+
+
 @pytest.mark.parametrize("active", [None, INT8])
 def test_modules_print_their_name_and_state(active: NumberFormat | None) -> None:
     for module in (WeightQuantizer("fc.weight", [INT8], 0), BiasCorrection("fc")):

@@ -64,6 +64,13 @@ def test_another_shift_of_the_bias_is_another_value(planned: fx.GraphModule) -> 
     assert len(set(value_numbers(planned).values())) > before
 
 
+def test_another_rounding_of_the_bias_is_another_value(planned: fx.GraphModule) -> None:
+    before = len(set(value_numbers(planned).values()))
+    first = next(module for module in planned.modules() if isinstance(module, BiasCorrection))
+    first.set_rounding(torch.full((6,), 0.5))
+    assert len(set(value_numbers(planned).values())) > before
+
+
 class Random(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.rand_like(x) * torch.rand_like(x)

@@ -60,6 +60,19 @@ def test_corrected_biases_are_stored(planned: fx.GraphModule) -> None:
     assert not hasattr(lowered.get_submodule("fc"), "bias")
 
 
+def test_rounded_biases_are_stored(planned: fx.GraphModule) -> None:
+    layer = require(planned, stage="calibrated").group("fc").layers[0]
+    rounded = copy_graph(planned)
+    correction = rounded.get_submodule(str(layer.bias_correction))
+    assert isinstance(correction, BiasCorrection)
+    bias = get_tensor(planned, "fc.bias")
+    correction.set_rounding(torch.full_like(bias.detach(), 0.5))
+    difference = get_tensor(lower(rounded), "corrected_bias_fc") - get_tensor(
+        lower(planned), "corrected_bias_fc"
+    )
+    torch.testing.assert_close(difference, torch.full_like(difference, 0.5))
+
+
 def test_an_all_float_plan_lowers_to_the_traced_graph(
     calibrated: Made, conv_graph: fx.GraphModule, images: list[Tensor]
 ) -> None:

@@ -97,7 +97,7 @@ def _layers(subject: Subject) -> Breaches:
             continue
         problem = (
             _weight_problem(subject, layer, argument(node, operator.weight))
-            or _bias_problem(layer, argument(node, operator.bias))
+            or _bias_problem(subject, layer, argument(node, operator.bias))
             or _input_problem(layer, argument(node, operator.input))
         )
         if problem:
@@ -124,9 +124,12 @@ def _weight_problem(subject: Subject, layer: Layer, read: object) -> str:
     return ""
 
 
-def _bias_problem(layer: Layer, read: object) -> str:
+def _bias_problem(subject: Subject, layer: Layer, read: object) -> str:
     if layer.bias_correction is not None and not _is_call(read, layer.bias_correction):
         return f"does not read its bias through {layer.bias_correction!r}"
+    units = layer.bias_units
+    if units is not None and not isinstance(subject.modules.get(units.source), ActivationQuantizer):
+        return f"has a bias in units of {units.source!r}, which quantizes no activation"
     return ""
 
 

@@ -175,6 +175,7 @@ def _operator(kind: str, found: TargetFile, base: TargetRules) -> OperatorRule:
         blocks_are_weight_only=legal.blocks_are_weight_only,
         blocks_are_whole=legal.blocks_are_whole,
         only=legal.only,
+        bias_width=rule.bias_width if legal.bias_width is None else legal.bias_width,
     )
 
 

@@ -62,6 +62,8 @@ class Operator(_Section):
         block_sizes: Sizes of blocks; any if empty.
         dynamic: What ranges of integer activations that are found at every run cover: `tensor`,
             `row` of its last dimension.
+        integer_biases: Whether layers on integers with calibrated ranges add their biases as
+            integers, in units of input scale times weight scale.
     """
 
     weights: tuple[Width, ...] = ()
@@ -70,6 +72,7 @@ class Operator(_Section):
     scales: tuple[Literal["tensor", "channel", "block"], ...] = ("channel",)
     block_sizes: tuple[Annotated[int, Field(ge=2, strict=True)], ...] = ()
     dynamic: tuple[Literal["tensor", "row"], ...] = ()
+    integer_biases: Annotated[bool, Field(strict=True)] = False
 
     def rule(self, kind: str) -> OperatorRule:
         """As a rule; a product of two activations (`matmul`) has no weights."""
@@ -81,6 +84,7 @@ class Operator(_Section):
             frozenset(GRANULARITIES[name] for name in shared),
             frozenset(self.block_sizes),
             dynamic=frozenset(Dynamic[name.upper()] for name in self.dynamic),
+            bias_width=0 if self.integer_biases else None,
         )
 
 

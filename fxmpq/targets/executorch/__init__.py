@@ -34,7 +34,7 @@ _LINEAR = frozenset(
 _RULES = TargetRules(
     name="executorch",
     operators={
-        "conv": OperatorRule(frozenset({8}), frozenset({8}), granularities=_SCALES),
+        "conv": OperatorRule(frozenset({8}), frozenset({8}), granularities=_SCALES, bias_width=0),
         "linear": OperatorRule(
             frozenset({4, 8}),
             frozenset({8, None}),
@@ -43,6 +43,7 @@ _RULES = TargetRules(
             dynamic=frozenset({Dynamic.ROW}),
             blocks_are_whole=True,
             only=_LINEAR,
+            bias_width=0,
         ),
         # Looked up as stored codes, which portable kernels cast and scale.
         "embedding": OperatorRule(

@@ -17,10 +17,14 @@ aten = torch.ops.aten
 _WEIGHTS = frozenset({2, 4, 8})
 _GRANULARITIES = frozenset({PerChannel, PerBlock})
 _BLOCKS = frozenset({16, 32, 64, 128, 256})
+FINE_BITS = 7
+"""Width that codes of fewer bits are multiplied up to. Two products of such codes with a byte add
+up within an `int16`, in which CPUs without VNNI instructions add them."""
+
 _RULES = TargetRules(
     name="onnxruntime",
     operators={
-        "conv": OperatorRule(_WEIGHTS, frozenset({8, None})),
+        "conv": OperatorRule(_WEIGHTS, frozenset({8, None}), bias_width=FINE_BITS),
         "linear": OperatorRule(
             _WEIGHTS,
             frozenset({8, None}),

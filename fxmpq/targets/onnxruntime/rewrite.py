@@ -16,7 +16,10 @@ from fxmpq.graph.state import state_of
 from fxmpq.quantizers.modules import ActivationQuantizer, WeightQuantizer
 from fxmpq.quantizers.ranges import ActivationRange
 from fxmpq.targets.lowering import finish, lower, quantizer_of, store_tensor
-from fxmpq.targets.onnxruntime import operators  # noqa: F401  (registers torch.ops.fxmpq)
+from fxmpq.targets.onnxruntime import (
+    FINE_BITS,
+    operators,  # noqa: F401  (registers torch.ops.fxmpq)
+)
 from fxmpq.targets.onnxruntime.layer_operands import bias_of, stored_weight, weight_codes
 from fxmpq.targets.onnxruntime.rewrite_blocks import rewrite_in_blocks
 from fxmpq.targets.onnxruntime.rewrite_products import products_of, rewrite_products
@@ -27,10 +30,6 @@ _LARGEST_BIAS = 2**30
 """Half of what an `int32` accumulator holds; the products take the rest."""
 
 _SMALLEST_SCALE = 2 * float(torch.finfo(torch.float32).tiny)
-
-_FINE_BITS = 7
-"""Width that codes of fewer bits are widened to. Two products of such codes with a byte add up
-within an `int16`, in which CPUs without VNNI instructions add them."""
 
 
 def to_integer_operators(graph: fx.GraphModule, rules: TargetRules) -> fx.GraphModule:
@@ -172,7 +171,7 @@ def _rewrite_conv(
     factor = 1
     if bias is not None:
         assert quantizer.active is not None
-        finest = 1 << max(_FINE_BITS - quantizer.active.bits, 0)
+        finest = 1 << max(FINE_BITS - quantizer.active.bits, 0)
         factor, coarse = _units_that_hold(bias, codes, scale, input_codes[1].scale, finest)
         codes, scale = weight_codes(graph, quantizer, coarse)
         scale = scale / factor

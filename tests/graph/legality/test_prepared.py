@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from fxmpq.formats import NumberFormat, Precision
+from fxmpq.graph.findings import BiasUnits
 from fxmpq.graph.legality import prepared
 from fxmpq.graph.legality.prepared import (
     CALLS,
@@ -177,6 +178,12 @@ PLANTS: list[tuple[str, Rule, Plant, str]] = [
     ("another axis", LAYERS, change_layer(channel_axis=9), "has no channel axis 9"),
     ("past the weight's", LAYERS, past_the_quantizer("weight_stem", 1), "its weight through"),
     ("past the bias's", LAYERS, past_the_quantizer("bias_conv2d", 2), "its bias through"),
+    (
+        "units of a weight",
+        LAYERS,
+        change_layer(bias_units=BiasUnits("quantizers.weight_fc_weight")),
+        "in units of 'quantizers.weight_fc_weight', which quantizes no activation",
+    ),
     ("past the input's", LAYERS, past_the_quantizer("activation_0", 0), "its input through"),
     (
         "another name",

@@ -48,6 +48,25 @@ def test_default_candidates_that_are_left_out_are_those_that_run(tmp_path: Path)
     assert found.rules.default_candidates == (Precision(4, 8), Precision(8, 8))
 
 
+def test_biases_are_integers_if_the_file_or_the_converter_says_so(tmp_path: Path) -> None:
+    text = """
+    name = "npu"
+    description = "an example"
+    [operators.conv]
+    weights = [8]
+    activations = [8]
+    [operators.linear]
+    weights = [8]
+    activations = [8]
+    integer_biases = true
+    """
+    plain = read(tmp_path, text).rules.operators
+    assert (plain["conv"].bias_width, plain["linear"].bias_width) == (None, 0)
+    based = read(tmp_path, 'based_on = "onnxruntime"\n' + text).rules.operators
+    assert based["conv"].bias_width == TARGETS["onnxruntime"].rules.operators["conv"].bias_width
+    assert based["linear"].bias_width == 0
+
+
 def test_of_what_is_left_out_only_what_the_file_runs_is_inherited(tmp_path: Path) -> None:
     text = """
     name = "npu"

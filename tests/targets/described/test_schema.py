@@ -28,6 +28,12 @@ def test_ranges_found_at_run_time_are_said() -> None:
     assert not Operator(weights=(8,), activations=(8,)).rule("linear").dynamic
 
 
+def test_integer_biases_are_in_units_of_both_scales() -> None:
+    operator = Operator(weights=(8,), activations=(8,), integer_biases=True)
+    assert operator.rule("conv").bias_width == 0
+    assert Operator(weights=(8,)).rule("conv").bias_width is None
+
+
 def test_by_default_weights_alone_are_in_few_bits() -> None:
     assert Operator(weights=(8,)).rule("embedding").is_weight_only
 
