@@ -13,10 +13,17 @@ from torch import fx
 from fxmpq.errors import TargetError
 from fxmpq.graph.export import quiet_torch
 from fxmpq.targets.exportable import make_exportable, return_tensors_alone
+from fxmpq.targets.onnx_attention import write_attention, write_safe_softmax
 from fxmpq.targets.program import rewritten_program
 
 Translations = Mapping[Callable[..., object], Callable[..., object]]
 """How operators of one's own are written in ONNX: by overload, functions of onnxscript."""
+
+_OWN: Translations = {
+    torch.ops.aten.scaled_dot_product_attention.default: write_attention,
+    torch.ops.aten._safe_softmax.default: write_safe_softmax,
+}
+"""Of operators that torch's exporter writes wrong or slow where a mask leaves nothing of a row."""
 
 _LARGEST = 2**31 - 1
 """Bytes that one file may have: what readers of its format take."""
@@ -25,7 +32,9 @@ _LARGEST = 2**31 - 1
 def export_onnx(graph: fx.GraphModule, translations: Translations, opset: int) -> ir.Model:
     """Export a rewritten graph to ONNX, without the exporter's notes.
 
-    They are a third of a file, and hold paths of the machine.
+    They are a third of a file, and hold paths of the machine. Fused attention and safe softmax
+    are written by functions of one's own: in the exporter's form a row of which a mask leaves
+    nothing is a mean or NaN, or every score is tested for it.
 
     Args:
         graph: A lowered copy of a planned graph; changed in place.
@@ -47,7 +56,7 @@ def export_onnx(graph: fx.GraphModule, translations: Translations, opset: int) -
                 program,
                 dynamo=True,
                 opset_version=opset,
-                custom_translation_table=dict(translations),
+                custom_translation_table={**_OWN, **translations},
             )
         except torch.onnx.OnnxExporterError as error:
             raise TargetError(

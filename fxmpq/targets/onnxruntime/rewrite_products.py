@@ -9,11 +9,15 @@ import torch
 from torch import fx
 
 from fxmpq.graph.products import PRODUCTS, product_operands
-from fxmpq.graph.state import Product, state_of
+from fxmpq.graph.state import Product, node_shape, state_of
 from fxmpq.quantizers.ranges import ActivationRange
 from fxmpq.targets.onnxruntime import operators  # noqa: F401  (registers torch.ops.fxmpq)
+from fxmpq.targets.onnxruntime.product_masks import apply_masks_as_terms
 
 aten = torch.ops.aten
+
+_LARGEST_SUM = 2.0**31
+"""What an `int32` accumulator holds at most."""
 
 Codes = Mapping[fx.Node, tuple[fx.Node, ActivationRange]]
 
@@ -36,7 +40,7 @@ def rewrite_products(
     """Replace quantized products by `integer_product`, in place.
 
     What `addmm` and `baddbmm` add is added behind it, `alpha * product + beta * addend`. A number
-    that a product is multiplied by becomes part of its scales.
+    that a product is multiplied by becomes part of its scales, and a mask on it a term.
 
     Args:
         graph: A graph being rewritten, whose operands are in codes.
@@ -53,6 +57,10 @@ def rewrite_products(
             if has_addend:
                 result = _added(graph.graph, node, result)
         node.replace_all_uses_with(result)
+        sizes = node_shape(node)
+        if sizes is not None and not has_addend:
+            largest = _LARGEST_SUM * x.scale * factor * y.scale
+            apply_masks_as_terms(graph.graph, result, sizes, largest)
         graph.graph.erase_node(node)
 
 
