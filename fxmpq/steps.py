@@ -112,7 +112,7 @@ def cost(
         The table, with the float model's totals as denominators for relative budgets.
 
     Raises:
-        TargetError: If the target is another one.
+        TargetError: If the target is another one, or this machine lacks what measuring takes.
         FxmpqError: If the graph has no groups, a metric no figure for a candidate, or the target
             not the further metric.
 
@@ -141,6 +141,9 @@ def cost(
             f"as fxmpq.cost(graph, '{state.target}.toml', metric={wanted[0]!r})"
         )
     names = further_of(found, wanted)
+    if any(FURTHER[name].is_measured for name in names):
+        # The graph may have been prepared on another machine.
+        found = get_target(found)
     write = found.write or found.convert
     subject = Subject(graph, found.rules, write, runtime_of(found), progress=progress)
     return with_further(table, names, subject)

@@ -64,6 +64,19 @@ class ConvNet(nn.Module):
         return self.fc(self.dropout(hidden.mean((2, 3))))
 
 
+class TiedHead(nn.Module):
+    """An embedding whose table is the output layer's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 4)
+        self.head = nn.Linear(4, 9)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.table(ids))
+
+
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give norms weights and statistics that are not trivial; returns the model in eval mode."""
     generator = torch.Generator().manual_seed(seed)
@@ -93,6 +106,12 @@ def randomize_fixture() -> Callable[..., nn.Module]:
 def conv_net() -> nn.Module:
     torch.manual_seed(1)
     return randomize(ConvNet())
+
+
+@pytest.fixture(scope="session")
+def tied_head() -> nn.Module:
+    torch.manual_seed(6)
+    return TiedHead()
 
 
 @pytest.fixture(scope="session")

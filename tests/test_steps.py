@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._inductor import config
 
+from fxmpq import steps
 from fxmpq.costs.figures import KindFigures, MetricFigures
 from fxmpq.costs.table import CostTable
 from fxmpq.errors import FxmpqError, PatternError, PlanError, PrecisionError, TargetError
@@ -146,6 +148,19 @@ def test_runtimes_on_this_machine_can_be_measured(name: str) -> None:
     assert runtime is not None
     assert runtime.name == name
     assert runtime.conditions()["target"] == name
+
+
+def test_what_a_target_needs_is_looked_for_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graph = prepare(trace(nn.Sequential(nn.Linear(8, 4)), torch.randn(2, 8)), "inductor")
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        # What runs nothing takes no compiler.
+        assert "energy" in cost(graph, metric="energy").metrics
+        monkeypatch.setattr(steps, "with_further", lambda *_: pytest.fail("it was measured"))
+        for target in (None, "inductor"):
+            with pytest.raises(TargetError, match=r"torch finds no C\+\+ compiler: install one"):
+                cost(graph, target, metric=["energy", "latency"])
 
 
 def test_latency_is_refused_where_it_cannot_be_measured(

@@ -13,7 +13,7 @@ import numpy as np
 from torch import fx
 
 from fxmpq.costs.cost import count
-from fxmpq.costs.latency.variants import calibrated_on_example, with_float
+from fxmpq.costs.measurable import calibrated_on_example, with_float
 from fxmpq.costs.parts import MetricParts
 from fxmpq.costs.weights import weight_bytes
 from fxmpq.errors import FxmpqError

@@ -111,12 +111,46 @@ def batch_size(inputs: Sequence[object]) -> int:
     return 1
 
 
+def example_batch(graph: fx.GraphModule) -> Batch:
+    """The small batch that a graph keeps of what it was traced with, on the CPU.
+
+    Args:
+        graph: From `trace` or later.
+    """
+    state = state_of(graph)
+    return _called(pytree.tree_unflatten(list(state.example), state.call_spec))
+
+
+def first_sample(graph: fx.GraphModule, batch: Batch) -> Batch:
+    """The first sample of a batch, or all of it if the graph's batch size is fixed.
+
+    Args:
+        graph: From `trace` or later.
+        batch: What it takes.
+    """
+    if not state_of(graph).dynamic:
+        return batch
+    leaves, spec = pytree.tree_flatten(call_arguments(batch))
+    samples = batch_size(leaves)
+    first = [
+        leaf[:1] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == samples else leaf
+        for leaf in leaves
+    ]
+    return _called(pytree.tree_unflatten(first, spec))
+
+
 def fixed_size(size: int | torch.SymInt) -> int | None:
     """A traced size as a number; `None` if it is free."""
     if isinstance(size, int):
         return size
     found: int | None = size.node.maybe_as_int()
     return found
+
+
+def _called(call: tuple[tuple[object, ...], dict[str, object]]) -> Batch:
+    """The batch that `call_arguments` reads as a call."""
+    args, kwargs = call
+    return kwargs or args
 
 
 def _in_traced_order(kwargs: dict[str, object], spec: pytree.TreeSpec) -> dict[str, object]:

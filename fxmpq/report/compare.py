@@ -14,7 +14,7 @@ from fxmpq.costs.cost import COSTS
 from fxmpq.costs.table import CostTable
 from fxmpq.errors import BatchError
 from fxmpq.formats import Precision
-from fxmpq.graph.batches import Batch, batch_size, materialize
+from fxmpq.graph.batches import Batch, batch_size, call_arguments, first_sample, materialize
 from fxmpq.graph.run import run_batch
 from fxmpq.graph.state import copy_graph, require, with_state
 from fxmpq.quantized import Quantized
@@ -90,7 +90,7 @@ def compare(
         **{name: _simulated(quantized, name, choices, say) for name, choices in plans.items()},
     }
     plans[MIXED] = dict(quantized.plan.choices)
-    sample = _one_sample(quantized.calibrated, found[0])
+    sample = first_sample(quantized.calibrated, found[0])
     with use_threads(1):
         converted: dict[str, Converted] = {}
         for name, graph in graphs.items():
@@ -118,15 +118,19 @@ def compare(
         )
         for name, tally in tallies.items()
     }
-    return Comparison(entries, converted[MIXED], batch_size(pytree.tree_leaves(sample)))
+    return Comparison(entries, converted[MIXED], _samples(sample))
 
 
 def _with_labels(batches: Sequence[Batch], labels: Tensor) -> list[tuple[Batch, Tensor]]:
     """Each batch with the labels of its samples."""
-    sizes = [batch_size(pytree.tree_leaves(batch)) for batch in batches]
+    sizes = [_samples(batch) for batch in batches]
     if len(labels) != sum(sizes):
         raise BatchError(f"there are {len(labels)} labels for {sum(sizes)} samples")
     return list(zip(batches, torch.split(labels, sizes), strict=True))
+
+
+def _samples(batch: Batch) -> int:
+    return batch_size(pytree.tree_leaves(call_arguments(batch)))
 
 
 def _float_outputs(quantized: Quantized, batch: Batch) -> list[Tensor]:
@@ -186,17 +190,3 @@ def _own_costs(costs: CostTable, choices: Mapping[str, str] | None) -> dict[str,
     if choices is None:
         return {m: costs.float_total[m] for m in own if m in costs.float_total}
     return {metric: costs.total(metric, choices) for metric in own}
-
-
-def _one_sample(graph: fx.GraphModule, batch: Batch) -> Batch:
-    """The first sample of a batch, or the batch if the graph's batch size is fixed."""
-    if not require(graph, stage="traced").dynamic:
-        return batch
-    leaves, spec = pytree.tree_flatten(batch)
-    samples = batch_size(leaves)
-    first = [
-        leaf[:1] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == samples else leaf
-        for leaf in leaves
-    ]
-    found: Batch = pytree.tree_unflatten(first, spec)
-    return found

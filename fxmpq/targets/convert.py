@@ -7,12 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from fxmpq.errors import PlanError, TargetError
-from fxmpq.graph.batches import Batch, materialize
+from fxmpq.graph.batches import Batch, example_batch, materialize
 from fxmpq.graph.run import run_batch
-from fxmpq.graph.state import require, require_groups
+from fxmpq.graph.state import require_groups
 from fxmpq.targets.divergence import REQUIRED_AGREEMENT_DB, check_layers
 from fxmpq.targets.registry import TARGETS, get_target
 from fxmpq.targets.target import Converted, Target, agreement_db
@@ -81,7 +80,7 @@ def convert(
     converted = replace(converted, target=found.name, runtime=converted.target)
     if verify is False:
         return converted
-    batches = [_example_batch(graph)] if verify is True else materialize(verify, "verification")
+    batches = [example_batch(graph)] if verify is True else materialize(verify, "verification")
     agreements = [_agreement(graph, converted, batch) for batch in batches]
     for agreement, batch in zip(agreements, batches, strict=True):
         if not agreement >= REQUIRED_AGREEMENT_DB:
@@ -92,11 +91,3 @@ def convert(
 def _agreement(graph: fx.GraphModule, converted: Converted, batch: Batch) -> float:
     expected = [leaf for leaf in run_batch(graph, batch) if isinstance(leaf, Tensor)]
     return agreement_db(expected, [leaf.cpu() for leaf in converted.run(batch)])
-
-
-def _example_batch(graph: fx.GraphModule) -> Batch:
-    state = require(graph, stage="traced")
-    call: tuple[tuple[object, ...], dict[str, object]]
-    call = pytree.tree_unflatten(list(state.example), state.call_spec)
-    args, kwargs = call
-    return kwargs or args

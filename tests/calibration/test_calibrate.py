@@ -215,19 +215,10 @@ def test_an_unprepared_graph_is_an_error(conv_graph: fx.GraphModule, images: lis
         calibrate(conv_graph, images)
 
 
-def test_a_table_tied_to_the_head_is_calibrated_once() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Embedding(9, 4)
-            self.head = nn.Linear(4, 9)
-            self.head.weight = self.table.weight
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.head(self.table(ids))
-
+def test_a_table_tied_to_the_head_is_calibrated_once(tied_head: nn.Module) -> None:
     ids = torch.arange(8).reshape(2, 4)
-    prepared = insert_quantizers(trace(Tied(), ids), REFERENCE.rules, candidates=[Precision(8, 8)])
+    traced = trace(tied_head, ids)
+    prepared = insert_quantizers(traced, REFERENCE.rules, candidates=[Precision(8, 8)])
     graph = calibrate(prepared, [ids], progress=False)
     (group,) = require(graph, stage="calibrated").groups
     quantizer = graph.get_submodule(str(group.layers[0].weight_quantizer))

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +11,8 @@ from fxmpq.errors import BatchError, CalibrationError, FxmpqError
 from fxmpq.graph.batches import (
     batch_size,
     call_arguments,
+    example_batch,
+    first_sample,
     flat_inputs,
     graph_device,
     materialize,
@@ -175,3 +177,32 @@ def test_constants_that_the_graph_does_not_hold(change: dict[str, object], messa
     assert len(flat_inputs(graph, call)) == 3
     with pytest.raises(BatchError, match=message):
         flat_inputs(graph, {**call, **change})
+
+
+def test_the_example_is_called_as_the_model_was_traced() -> None:
+    x, scaled = torch.arange(12.0).reshape(4, 3), {"x": torch.ones(3, 2), "factor": 2.0}
+    (kept,) = example_batch(trace(nn.Linear(3, 3), x))
+    assert torch.equal(kept, x[:2])
+    found = example_batch(trace(Scaled(), scaled))
+    assert isinstance(found, dict)
+    assert torch.equal(found["x"], scaled["x"][:2])
+    assert found["factor"] == 2.0
+
+
+class Fixed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(2, -1)
+
+
+def test_one_sample_is_taken_where_the_batch_size_is_free(bert_graph: fx.GraphModule) -> None:
+    x = torch.arange(15.0).reshape(5, 3)
+    for batch in (x, (x,)):
+        (found,) = first_sample(trace(nn.Linear(3, 3), x), batch)
+        assert torch.equal(found, x[:1])
+    ids = UserDict(input_ids=tokens(4, 8), attention_mask=tokens(4, 8))
+    assert {name: tuple(found.shape) for name, found in first_sample(bert_graph, ids).items()} == {
+        "input_ids": (1, 8),
+        "attention_mask": (1, 8),
+    }
+    fixed = torch.ones(2, 3)
+    assert first_sample(trace(Fixed(), fixed), fixed) is fixed

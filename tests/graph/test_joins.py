@@ -118,19 +118,8 @@ def test_sums_and_concatenations_see_through_each_other() -> None:
     assert pairs(joined("added", graph)) == {(name, "stem") for name in (*layers, "side")}
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(9, 4)
-        self.head = nn.Linear(4, 9, bias=False)
-        self.head.weight = self.table.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.table(ids))
-
-
-def test_tied_weights_are_joined_and_indices_are_no_activation() -> None:
-    graph = trace(Tied(), torch.ones(2, 3, dtype=torch.long))
+def test_tied_weights_are_joined_and_indices_are_no_activation(tied_head: nn.Module) -> None:
+    graph = trace(tied_head, torch.ones(2, 3, dtype=torch.long))
     assert pairs(joined("shared_weight", graph)) == {("table#2", "table")}
     assert joined("shared_input", graph) == FoundJoins()
 

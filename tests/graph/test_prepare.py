@@ -126,19 +126,9 @@ def test_unusable_requests_are_errors(conv_graph: fx.GraphModule) -> None:
         insert_quantizers(fx.symbolic_trace(nn.ReLU()), REFERENCE.rules)
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(9, 4)
-        self.head = nn.Linear(4, 9)
-        self.head.weight = self.table.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.table(ids).relu())
-
-
-def test_tied_weights_have_one_quantizer() -> None:
-    prepared = insert_quantizers(trace(Tied(), torch.ones(2, 3, dtype=torch.long)), REFERENCE.rules)
+def test_tied_weights_have_one_quantizer(tied_head: nn.Module) -> None:
+    graph = trace(tied_head, torch.ones(2, 3, dtype=torch.long))
+    prepared = insert_quantizers(graph, REFERENCE.rules)
     (group,) = require(prepared, stage="prepared").groups
     table, head = group.layers
     assert table.weight_quantizer == head.weight_quantizer

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,7 +111,8 @@ def test_a_language_model_has_perplexities() -> None:
     torch.manual_seed(0)
     model = Bigrams()
     ids = torch.randint(0, 7, (5, 6))
-    batches = [{"input_ids": ids[:3]}, {"input_ids": ids[3:]}]
+    # As tokenizers return, and as they are.
+    batches = [UserDict(input_ids=ids[:3]), {"input_ids": ids[3:]}]
     found = quantize(
         model,
         batches,

@@ -8,6 +8,7 @@ from fxmpq.costs.table import CostTable
 from fxmpq.sensitivity.sensitivity import Sensitivity
 from fxmpq.solver.instance import Instance, Option
 from fxmpq.solver.pairs import Pair, PairedInstance
+from fxmpq.solver.program import Row
 
 
 @st.composite
@@ -67,6 +68,27 @@ def every_choice(paired: PairedInstance) -> list[frozenset[int]]:
     """The keys of each choice of one option a group."""
     keys = ([option.key for option in group] for group in paired.instance.groups)
     return [frozenset(found) for found in itertools.product(*keys)]
+
+
+Losses = dict[str, dict[str, float]]
+
+
+def opposed_limits() -> tuple[Losses, list[Row]]:
+    """Groups that lose nothing, and limits that pull each pair of them apart.
+
+    Two of 81 choices are within them; no one step from a rounded choice removes what is too much.
+    """
+    names = ("w2a8", "w4a8", "w8a8")
+    costs = [
+        ([[9, 1, 7], [4, 0, 0], [2, 9, 7], [5, 5, 0]], 11),
+        ([[4, 7, 3], [6, 8, 8], [1, 3, 9], [8, 4, 9]], 22),
+        ([[1, 6, 5], [1, 5, 6], [4, 7, 1], [3, 4, 1]], 12),
+    ]
+    rows = [
+        Row({f"g{g}": dict(zip(names, row, strict=True)) for g, row in enumerate(table)}, limit)
+        for table, limit in costs
+    ]
+    return {group: dict.fromkeys(names, 0.0) for group in rows[0].table}, rows
 
 
 Tables = tuple[Sensitivity, CostTable]

@@ -17,6 +17,8 @@ from fxmpq.solver.lp import lp, lp_shares
 from fxmpq.solver.lp_rounding import ROUNDINGS
 from fxmpq.solver.program import Row, Solution, solve_program
 
+from .conftest import opposed_limits
+
 NAMES = ("w2a8", "w3a8", "w4a8", "w8a4", "w8a8")
 SOLVERS = ("cbc", "highs")
 Values = dict[str, dict[str, float]]
@@ -227,18 +229,7 @@ def test_ties_share_one_precision_and_its_shares() -> None:
 
 
 def test_where_no_single_step_helps_some_choice_within_the_limits_is_found() -> None:
-    """Two limits that pull each pair apart: no one step from the rounded choice removes excess."""
-    names = ("w2a8", "w4a8", "w8a8")
-    costs = [
-        ([[9, 1, 7], [4, 0, 0], [2, 9, 7], [5, 5, 0]], 11),
-        ([[4, 7, 3], [6, 8, 8], [1, 3, 9], [8, 4, 9]], 22),
-        ([[1, 6, 5], [1, 5, 6], [4, 7, 1], [3, 4, 1]], 12),
-    ]
-    rows = [
-        Row({f"g{g}": dict(zip(names, row, strict=True)) for g, row in enumerate(table)}, limit)
-        for table, limit in costs
-    ]
-    values = {group: dict.fromkeys(names, 0.0) for group in rows[0].table}
+    values, rows = opposed_limits()
     for rounding in ROUNDINGS:
         found = run(values, rows, rounding=rounding)
         assert list(found.choices.values()) == ["w2a8", "w4a8", "w2a8", "w8a8"]

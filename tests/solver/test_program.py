@@ -14,6 +14,8 @@ from fxmpq.solver import lists
 from fxmpq.solver.program import Row, Solution, solve_program
 from fxmpq.solver.ties import Table
 
+from .conftest import opposed_limits
+
 NAMES = ("w2a8", "w3a8", "w4a8", "w6a8", "w8a8")
 SOLVERS = ("cbc", "highs")
 PER_TEST = HealthCheck.function_scoped_fixture
@@ -214,17 +216,7 @@ def test_no_time_gives_the_best_choice_known_and_an_honest_bound(solver: str) ->
 
 
 def test_no_time_and_no_choice_is_not_called_infeasible() -> None:
-    names = ("w2a8", "w4a8", "w8a8")
-    costs = [
-        ([[9, 1, 7], [4, 0, 0], [2, 9, 7], [5, 5, 0]], 11),
-        ([[4, 7, 3], [6, 8, 8], [1, 3, 9], [8, 4, 9]], 22),
-        ([[1, 6, 5], [1, 5, 6], [4, 7, 1], [3, 4, 1]], 12),
-    ]
-    rows = [
-        Row({f"g{g}": dict(zip(names, row, strict=True)) for g, row in enumerate(table)}, limit)
-        for table, limit in costs
-    ]
-    losses = {group: dict.fromkeys(names, 0.0) for group in rows[0].table}
+    losses, rows = opposed_limits()
     with pytest.raises(
         FxmpqError, match=r"cbc found no choice .* in 0 s.*longer time_limit"
     ) as caught:

@@ -16,10 +16,10 @@ from fxmpq.costs.latency.timing import cpu_seconds
 from fxmpq.costs.latency.variants import (
     Choice,
     Loaded,
-    calibrated_on_example,
     load_graph,
     load_piece,
 )
+from fxmpq.costs.measurable import calibrated_on_example
 from fxmpq.formats import Precision
 from fxmpq.graph.rules import TargetRules
 from fxmpq.graph.state import require

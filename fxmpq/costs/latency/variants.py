@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch import fx
 
-from fxmpq.calibration.calibrate import calibrate
 from fxmpq.costs.latency.cut import Piece
 from fxmpq.costs.latency.runtime import Runtime
+from fxmpq.costs.measurable import calibrated_on_example, with_float
 from fxmpq.errors import FxmpqError
 from fxmpq.formats import Precision
-from fxmpq.graph.batches import Batch, batch_size
+from fxmpq.graph.batches import Batch, example_batch, first_sample
 from fxmpq.graph.prepare import insert_quantizers
 from fxmpq.graph.products import PRODUCT, find_products
 from fxmpq.graph.rules import TargetRules
-from fxmpq.graph.state import copy_graph, state_of, with_state
+from fxmpq.graph.state import state_of
 from fxmpq.graph.switch import with_choices
 from fxmpq.graph.trace import trace
 
@@ -67,25 +66,6 @@ def load_piece(
     return load_graph(calibrated_on_example(prepared), choices, runtime, batch)
 
 
-def calibrated_on_example(
-    graph: fx.GraphModule, *, bias_correction: bool = False
-) -> fx.GraphModule:
-    """Find ranges on the example alone: they do not change how fast a model runs, nor its size.
-
-    Args:
-        graph: From `prepare`; not changed.
-        bias_correction: Whether quantized layers get biases, which those without one may lack.
-    """
-    return calibrate(
-        graph,
-        [_example(graph)],
-        ranges="minmax",
-        weight_scales="minmax",
-        bias_correction=bias_correction,
-        progress=False,
-    )
-
-
 def load_graph(
     calibrated: fx.GraphModule,
     choices: Iterable[Choice],
@@ -106,7 +86,7 @@ def load_graph(
     """
     graph = with_float(calibrated)
     groups = state_of(graph).groups
-    ran = one_sample(graph) if batch is None else batch
+    ran = first_sample(graph, example_batch(graph)) if batch is None else batch
     found = []
     for choice in choices:
         if len(choice) != len(groups):
@@ -120,43 +100,3 @@ def load_graph(
         model()
         found.append(model)
     return found
-
-
-def with_float(calibrated: fx.GraphModule) -> fx.GraphModule:
-    """Copy a calibrated graph with float among the candidates of every group.
-
-    Args:
-        calibrated: From `calibrate`; not changed.
-    """
-    state = state_of(calibrated)
-    groups = tuple(
-        replace(group, candidates=tuple(dict.fromkeys([*group.candidates, Precision()])))
-        for group in state.groups
-    )
-    return with_state(copy_graph(calibrated), replace(state, groups=groups))
-
-
-def one_sample(graph: fx.GraphModule) -> Batch:
-    """The first sample of a graph's example, or all of it if the graph's batch size is fixed."""
-    state = state_of(graph)
-    leaves = list(state.example)
-    samples = batch_size(leaves)
-    if state.dynamic:
-        leaves = [
-            leaf[:1]
-            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == samples
-            else leaf
-            for leaf in leaves
-        ]
-    return _call(graph, leaves)
-
-
-def _example(graph: fx.GraphModule) -> Batch:
-    return _call(graph, list(state_of(graph).example))
-
-
-def _call(graph: fx.GraphModule, leaves: list[object]) -> Batch:
-    call: tuple[tuple[object, ...], dict[str, object]]
-    call = pytree.tree_unflatten(leaves, state_of(graph).call_spec)
-    args, kwargs = call
-    return kwargs or args

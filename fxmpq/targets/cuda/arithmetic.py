@@ -222,20 +222,6 @@ def int4_product(
     return y if bias is None else y + bias
 
 
-def in_bfloat16(x: Tensor) -> Tensor:
-    """Round to bfloat16, and never a finite number to infinity.
-
-    Masks hold the least number of `float32`, which bfloat16 does not reach; where it became
-    infinite, a row that is masked as a whole would be NaN behind the softmax.
-
-    Examples:
-        >>> in_bfloat16(torch.tensor([-torch.inf, torch.finfo(torch.float32).min])).isinf()
-        tensor([ True, False])
-    """
-    limits = torch.finfo(torch.bfloat16)
-    return torch.where(x.isinf(), x, x.clamp(limits.min, limits.max)).to(torch.bfloat16)
-
-
 def dequantized(codes: Tensor, scale: Tensor, block: int | None) -> Tensor:
     """A weight in real numbers, of codes that stay stored.
 

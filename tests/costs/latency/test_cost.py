@@ -12,7 +12,7 @@ from torch import fx, nn
 
 import fxmpq
 from fxmpq.costs.latency.cost import latency_cost
-from fxmpq.costs.latency.variants import calibrated_on_example
+from fxmpq.costs.measurable import calibrated_on_example
 from fxmpq.costs.parts import MetricParts
 from fxmpq.costs.table import CostTable
 from fxmpq.graph.state import state_of

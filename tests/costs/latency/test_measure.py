@@ -12,7 +12,7 @@ from fxmpq.costs.latency.cut import cut
 from fxmpq.costs.latency.measure import Measurer, Wanted
 from fxmpq.costs.latency.runtime import Run, Runtime
 from fxmpq.costs.latency.store import TimeStore
-from fxmpq.costs.latency.variants import calibrated_on_example
+from fxmpq.costs.measurable import calibrated_on_example
 from fxmpq.targets.onnxruntime import ONNXRUNTIME
 
 from .conftest import CALL, CODES_LAYER, CONVERSION, FLOAT_LAYER, Machine

@@ -10,11 +10,10 @@ import fxmpq
 from fxmpq.costs.latency.cut import cut
 from fxmpq.costs.latency.variants import (
     Loaded,
-    calibrated_on_example,
     load_graph,
     load_piece,
-    one_sample,
 )
+from fxmpq.costs.measurable import calibrated_on_example
 from fxmpq.errors import FxmpqError
 from fxmpq.graph.state import state_of
 from fxmpq.targets.onnxruntime import ONNXRUNTIME
@@ -72,21 +71,6 @@ def test_a_whole_model_may_be_float_where_its_candidates_are_not(machine: Machin
     assert machine.now == 2 * (CALL + FLOAT_LAYER)
     assert state_of(graph) is before
     assert [str(entry) for entry in before.groups[0].candidates] == ["w8a8"]
-
-
-def test_one_sample_is_taken_where_the_batch_size_is_free() -> None:
-    net = fxmpq.trace(nn.Linear(3, 3), torch.randn(5, 3))
-    (x,) = one_sample(net)
-    assert isinstance(x, Tensor)
-    assert x.shape == (1, 3)
-
-    class Fixed(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.reshape(2, -1)
-
-    (x,) = one_sample(fxmpq.trace(Fixed(), torch.randn(2, 3)))
-    assert isinstance(x, Tensor)
-    assert x.shape == (2, 3)
 
 
 def test_a_loaded_model_runs_on_its_batch() -> None:

@@ -13,14 +13,13 @@ from torch import Tensor, fx, nn
 from fxmpq.errors import TargetError
 from fxmpq.formats import Precision
 from fxmpq.graph.run import run_batch
-from fxmpq.graph.state import require
-from fxmpq.graph.switch import with_choices
 from fxmpq.graph.trace import trace
 from fxmpq.targets.convert import convert
 from fxmpq.targets.onnxruntime.session import OnnxModel
 from fxmpq.targets.target import Converted
 
 Made = Callable[..., fx.GraphModule]
+Check = Callable[[Converted, fx.GraphModule, float], None]
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +80,10 @@ def test_the_runtime_agrees_with_the_simulation(made: Converted) -> None:
     assert made.sqnr_db > 35
 
 
-def test_any_batch_size_runs(made: Converted, planned: fx.GraphModule) -> None:
-    for samples in (1, 3, 17):
-        batch = torch.randn(samples, 3, 16, 16, generator=torch.Generator().manual_seed(samples))
-        (found,), (expected,) = made.run(batch), run_batch(planned, batch)
-        assert isinstance(expected, Tensor)
-        assert found.shape == expected.shape
-        noise = (found - expected).square().sum() / expected.square().sum()
-        assert float(noise) < 10**-3
+def test_any_batch_size_runs(
+    made: Converted, planned: fx.GraphModule, check_batch_sizes: Check
+) -> None:
+    check_batch_sizes(made, planned, 30)
 
 
 def test_the_residual_network_stays_in_integers(made: Converted) -> None:
@@ -113,22 +108,12 @@ def test_every_layer_is_reported(made: Converted) -> None:
 
 
 def test_bert_runs_on_integer_kernels_with_masks_and_lengths(
-    made_bert: Converted, planned_bert: fx.GraphModule
+    made_bert: Converted, planned_bert: fx.GraphModule, check_masks_and_lengths: Check
 ) -> None:
     assert made_bert.sqnr_db > 35
     operators = executed(made_bert)
     assert operators.count("MatMulIntegerToFloat") == 2 * 6 + 2
-    for shape in ((1, 5), (6, 12)):
-        ids = torch.randint(1, 40, shape, generator=torch.Generator().manual_seed(0))
-        mask = torch.ones_like(ids)
-        mask[0, 2:] = 0
-        batch = {"attention_mask": mask, "input_ids": ids}
-        (found,), (expected,) = made_bert.run(batch), run_batch(planned_bert, batch)
-        assert isinstance(expected, Tensor)
-        noise = (found - expected).square().sum() / expected.square().sum()
-        assert float(noise) < 10**-3
-        unmasked = made_bert.run({**batch, "attention_mask": torch.ones_like(ids)})[0]
-        assert not torch.allclose(unmasked[0], found[0], atol=1e-3)
+    check_masks_and_lengths(made_bert, planned_bert, 30)
 
 
 def test_tables_are_looked_up_in_codes(made_bert: Converted) -> None:
@@ -204,12 +189,10 @@ def test_branches_gates_and_a_layer_the_user_keeps(calibrated: Made, uniform: Ma
 
 
 @pytest.mark.parametrize("rank", [1, 3])
-def test_convolutions_of_other_ranks(calibrated: Made, uniform: Made, rank: int) -> None:
-    torch.manual_seed(0)
-    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
-    x = torch.randn(4, 2, *[6] * rank)
-    model = nn.Sequential(convolution(2, 4, 3), nn.ReLU(), convolution(4, 3, 2))
-    made = convert(uniform(calibrated(trace(model, x), [x], "onnxruntime"), 2))
+def test_convolutions_of_other_ranks(
+    convolutions_of_rank: Callable[[int, str], Converted], rank: int
+) -> None:
+    made = convolutions_of_rank(rank, "onnxruntime")
     assert made.sqnr_db > 35
     assert executed(made).count("QLinearConv") == 2
 
@@ -221,12 +204,8 @@ def test_candidates_that_a_layer_cannot_run_are_refused_before_conversion(
         calibrated(conv_graph, images, "onnxruntime", candidates=[Precision.parse("w4b16")])
 
 
-def test_a_float_plan_runs_in_float(
-    calibrated: Made, conv_graph: fx.GraphModule, images: list[Tensor]
-) -> None:
-    graph = calibrated(conv_graph, images, "onnxruntime", exclude=["*"])
-    choices = {group.name: "fp32" for group in require(graph, stage="calibrated").groups}
-    made = convert(with_choices(graph, choices), verify=images)
+def test_a_float_plan_runs_in_float(all_in_float: Callable[[str], Converted]) -> None:
+    made = all_in_float("onnxruntime")
     assert made.sqnr_db > 100
     assert not any("Quantize" in name or "QLinear" in name for name in executed(made))
 
