@@ -15,6 +15,7 @@ from fxmpq.callbacks.surgery import replace_submodule
 from fxmpq.callbacks.training_step import DistilledStep
 from fxmpq.errors import FxmpqError, closest
 from fxmpq.graph.batches import graph_device
+from fxmpq.graph.integer_biases import round_biases
 from fxmpq.graph.state import copy_graph, require
 from fxmpq.solver.plan import Plan
 from fxmpq.steps import apply
@@ -31,8 +32,9 @@ class QuantizationAwareTraining(Callback):
     are configured: weights, biases and a quantization step for each scale, which learn with the
     gradients of LSQ (Esser et al. 2020, arXiv:1902.08153) at the plan's precisions. The module's
     own `training_step`, optimizers and losses run unchanged. When training has ended, the result
-    is frozen into an ordinary planned graph, which computes what was trained bit for bit, is left
-    in the network's place and is ready for `fxmpq.convert`.
+    is frozen into an ordinary planned graph, which computes what was trained bit for bit, but for
+    biases that the target stores as integers, is left in the network's place and is ready for
+    `fxmpq.convert`.
 
     The steps are learned as ratios to where they began, so that an optimizer that takes the
     weights well takes them well too; learning rates as for fine-tuning do, and one to three
@@ -212,6 +214,7 @@ class QuantizationAwareTraining(Callback):
         with torch.inference_mode(False):
             frozen = copy_graph(self._planned)
             freeze(self._learning, frozen)
+            round_biases(frozen)
             self._frozen = frozen.to(graph_device(self._learning))
         replace_submodule(module, self._attribute, self._frozen)
 

@@ -91,8 +91,9 @@ def round_biases(graph: fx.GraphModule) -> None:
             stored = calls[layer.bias_correction].args[0]
             bias = get_tensor(graph, str(stored.target)) if isinstance(stored, fx.Node) else None
             with torch.inference_mode(False), torch.no_grad():
-                shifted, units = correction(bias), _units(graph, layer, chosen)
-                if shifted is not None and units is not None:
+                shifted = correction(bias)
+                units = None if shifted is None else _units(graph, layer, chosen)
+                if units is not None:
                     correction.set_rounding(_rounding(shifted.detach().double(), units))
 
 
@@ -123,7 +124,11 @@ def _is_scaled(number_format: NumberFormat | None) -> bool:
 
 
 def _rounding(bias: Tensor, units: Tensor) -> Tensor:
-    """What takes a bias, `[channels]`, to whole units; 0 where these are 0 or too fine."""
-    steps = bias / units
-    is_rounded = (units > 0) & (steps.abs() < _FINE)
-    return torch.where(is_rounded, steps.round() * units - bias, 0.0).float()
+    """What takes a bias, `[channels]`, to whole units; 0 where these are 0 or too fine.
+
+    Groups of a transposed convolution share scales, so that there may be fewer units.
+    """
+    shared = units.repeat(len(bias) // len(units))
+    steps = bias / shared
+    is_rounded = (shared > 0) & (steps.abs() < _FINE)
+    return torch.where(is_rounded, steps.round() * shared - bias, 0.0).float()

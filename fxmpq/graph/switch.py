@@ -73,3 +73,19 @@ def with_choices(graph: fx.GraphModule, choices: Mapping[str, str]) -> fx.GraphM
     with_state(switched, replace(state, choices=named))
     round_biases(switched)
     return checked(switched, "apply")
+
+
+def without_choices(graph: fx.GraphModule) -> fx.GraphModule:
+    """Copy a graph with every quantizer off.
+
+    Args:
+        graph: A calibrated graph, with chosen precisions or without; not changed.
+
+    Returns:
+        The graph as it was before precisions were chosen; what was refined stays.
+    """
+    state = require(graph, stage="calibrated")
+    switched = copy_graph(graph)
+    for group in state.groups:
+        switch_group(switched, group, Precision())
+    return with_state(switched, replace(state, choices={}))

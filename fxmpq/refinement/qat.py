@@ -48,7 +48,8 @@ def qat(
 
     the float logits being those of the same graph before training, every quantizer off. Then the
     trained weights and biases replace the float ones, the steps become scales and ranges, and the
-    codes are stored: the graph computes what was trained, bit for bit, and converts as ever.
+    codes are stored: the graph computes what was trained, bit for bit but for biases that the
+    target stores as integers, and converts as ever.
 
     With `distillation=1` **no labels are needed**: leave `loss` out and pass batches as the model
     takes them. Otherwise batches are what `loss` takes, labels included.

@@ -14,6 +14,7 @@ from fxmpq.errors import FxmpqError, closest
 from fxmpq.graph.batches import materialize
 from fxmpq.graph.calibration_identity import calibration_identity
 from fxmpq.graph.state import require_groups
+from fxmpq.graph.switch import without_choices
 from fxmpq.identity import identity
 from fxmpq.journal import Journal, data_digest
 from fxmpq.sensitivity.entropy import entropy
@@ -70,7 +71,8 @@ def measure(
     """Measure how much the output suffers per (group, precision).
 
     Args:
-        graph: From `calibrate`.
+        graph: From `calibrate` or later. Losses are those of the float model, also where precisions
+            are chosen already.
         batches: What the model takes, a few dozen samples; with a `loss` or another `score`
             that reads labels, what that takes.
         method: A key of `METHODS`; the guide says which to choose.
@@ -96,8 +98,10 @@ def measure(
         >>> found.value("0", "w8a8") < found.value("0", "w2a8")
         True
     """
-    require_groups(graph, stage="calibrated")
+    state = require_groups(graph, stage="calibrated")
     check_method(method, options)
+    if state.choices:
+        graph = without_choices(graph)
     found = materialize(batches)
     journal = None
     if resume is not None:

@@ -19,6 +19,7 @@ from torch import nn
 import fxmpq
 from fxmpq.callbacks import QuantizationAwareTraining
 from fxmpq.errors import FxmpqError
+from fxmpq.graph.integer_biases import round_biases
 from fxmpq.graph.state import state_of
 from fxmpq.quantizers.planned import PlannedQuantizer
 from fxmpq.training.distillation import divergence
@@ -77,6 +78,23 @@ def test_training_lowers_the_loss_and_the_result_converts(
     assert torch.equal(found, callback.graph_module(blobs.images[:8]))
     (seen,) = make_trainer(callbacks=[callback]).validate(classifier, blobs, verbose=False)
     assert seen == pytest.approx(after, rel=1e-5)
+
+
+def test_biases_that_the_target_adds_as_integers_are_so_in_the_result(
+    make_trainer: MakeTrainer, classifier: Any, blobs: Any
+) -> None:
+    batch = blobs.images[:8]
+    prepared = fxmpq.prepare(fxmpq.trace(classifier.model.eval(), batch), "onnxruntime")
+    calibrated = fxmpq.calibrate(prepared, [batch], progress=False)
+    plan = {group.name: "w4a8" for group in state_of(calibrated).groups}
+    callback = QuantizationAwareTraining(calibrated, plan)
+    fit(make_trainer, classifier.train(), blobs, callback, max_epochs=1)
+    found = callback.graph_module
+    again = copy.deepcopy(found)
+    round_biases(again)
+    assert torch.equal(again(batch), found(batch))
+    roundings = [name for name in found.state_dict() if name.endswith(".rounding")]
+    assert len(roundings) == 2
 
 
 def test_the_graph_and_the_float_network_stay_as_they_were(

@@ -42,3 +42,12 @@ def test_ranges_scales_and_codes_count(
     weight.set_codes(weight.formats[0], codes)
     found.append(calibration_identity(graph)["ranges"])
     assert len(set(found)) == 4
+
+
+def test_choices_and_biases_that_are_rounded_for_them_do_not_count(
+    calibrated: Calibrated, uniform: Calibrated, conv_graph: fx.GraphModule, images: list[Tensor]
+) -> None:
+    graph = calibrated(conv_graph, images, "onnxruntime")
+    planned = uniform(graph)
+    assert any(name.endswith(".rounding") for name in planned.state_dict())
+    assert calibration_identity(planned) == calibration_identity(graph)

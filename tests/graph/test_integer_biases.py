@@ -76,6 +76,11 @@ def at(graph: fx.GraphModule, precision: str) -> fx.GraphModule:
     return with_choices(graph, {group.name: precision for group in groups})
 
 
+def layer_names(graph: fx.GraphModule) -> list[str]:
+    groups = require(graph, stage="calibrated").groups
+    return [layer.name for group in groups for layer in group.layers]
+
+
 def layer_of(graph: fx.GraphModule, name: str) -> Layer:
     groups = require(graph, stage="calibrated").groups
     return next(layer for group in groups for layer in group.layers if layer.name == name)
@@ -228,6 +233,23 @@ def test_a_layer_without_a_bias_rounds_its_shift(batch: Tensor) -> None:
             if isinstance(module, BiasCorrection)
         ]
         assert (correction.added_rounding is not None) == is_corrected
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w8ta8"])
+def test_groups_of_a_transposed_convolution_share_units(precision: str) -> None:
+    torch.manual_seed(0)
+    batch = torch.randn(2, 4, 5, 5)
+    traced = fxmpq.trace(nn.ConvTranspose2d(4, 6, 3, groups=2), batch)
+    legal = frozenset({fxmpq.granularity.PerTensor, fxmpq.granularity.PerChannel})
+    rule = OperatorRule(frozenset({8}), frozenset({8}), granularities=legal, bias_width=0)
+    wanted = (Precision.parse(precision),)
+    prepared = insert_quantizers(traced, TargetRules("integers", {"conv_transpose": rule}, wanted))
+    planned = at(fxmpq.calibrate(prepared, [batch], progress=False), precision)
+    correction, weight, source = parts(planned, layer_names(planned)[0])
+    assert weight.active is not None
+    units = weight.scale(weight.active).double() * source.ranges["uint8"].scale
+    steps = correction(get_tensor(planned, "bias").detach()).double() / units.expand(3).repeat(2)
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-2)
 
 
 def test_refining_rounds_again(graph: fx.GraphModule, batch: Tensor) -> None:

@@ -10,7 +10,7 @@ from fxmpq.errors import FxmpqError, PlanError
 from fxmpq.formats import Precision
 from fxmpq.graph.run import run_batch
 from fxmpq.graph.state import copy_graph, require
-from fxmpq.graph.switch import switch_group, with_choices
+from fxmpq.graph.switch import switch_group, with_choices, without_choices
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,15 @@ def test_a_group_is_switched_on_and_off_again(graph: fx.GraphModule, images: lis
         assert torch.equal(logits(copied, images[0]), exact)
 
 
+def test_choices_are_taken_back_on_a_copy(graph: fx.GraphModule, images: list[Tensor]) -> None:
+    switched = with_choices(graph, all_at(graph, "w2a8"))
+    before = logits(switched, images[0])
+    again = without_choices(switched)
+    assert logits(again, images[0]).equal(logits(graph, images[0]))
+    assert require(again, stage="calibrated") == require(graph, stage="calibrated")
+    assert logits(switched, images[0]).equal(before)
+
+
 def test_unknown_and_missing_groups_are_errors(graph: fx.GraphModule) -> None:
     choices = all_at(graph, "w8a8")
     with pytest.raises(PlanError, match="'conv3', which is no group of this graph; closest:"):
@@ -75,3 +84,5 @@ def test_a_precision_that_is_no_candidate_is_an_error(graph: fx.GraphModule) -> 
 def test_an_uncalibrated_graph_is_an_error(conv_graph: fx.GraphModule) -> None:
     with pytest.raises(FxmpqError, match="fxmpq.prepare"):
         with_choices(conv_graph, {})
+    with pytest.raises(FxmpqError, match="fxmpq.prepare"):
+        without_choices(conv_graph)

@@ -12,6 +12,8 @@ from torch import Tensor, fx, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from fxmpq.errors import BatchError, CalibrationError, FxmpqError
+from fxmpq.graph.state import require
+from fxmpq.graph.switch import with_choices
 from fxmpq.sensitivity.measure import METHODS, check_method, measure, reads_labels
 from fxmpq.sensitivity.projected import projected
 from fxmpq.sensitivity.scores import SCORES
@@ -33,6 +35,18 @@ def test_methods_are_called_with_their_options(graph: fx.GraphModule, images: li
     assert np.array_equal(found.projections, expected.projections)
     swept = measure(graph, images, method="sqnr", progress=False)
     assert swept.values == sqnr(graph, images).values
+
+
+@pytest.mark.parametrize("method", ["sqnr", "projected", "orthogonality"])
+def test_precisions_that_are_chosen_do_not_count(
+    graph: fx.GraphModule, images: list[Tensor], method: str
+) -> None:
+    groups = require(graph, stage="calibrated").groups
+    planned = with_choices(graph, {group.name: str(group.candidates[0]) for group in groups})
+    before = planned(images[0])
+    found = measure(planned, images, method=method, progress=False)
+    assert found.values == measure(graph, images, method=method, progress=False).values
+    assert torch.equal(planned(images[0]), before)
 
 
 def never() -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ from fxmpq.calibration.calibrate import calibrate
 from fxmpq.errors import FxmpqError
 from fxmpq.formats import Precision
 from fxmpq.graph.attributes import get_tensor
+from fxmpq.graph.legality.stages import check_stage
 from fxmpq.graph.prepare import insert_quantizers
 from fxmpq.graph.rules import TargetRules
 from fxmpq.graph.state import copy_graph, require
@@ -46,6 +47,7 @@ def test_it_begins_with_what_the_plan_computes(
     candidates = PRECISIONS if target == "reference" else None
     planned = in_turn(calibrated(conv_graph, images, target, candidates=candidates))
     learning = trainable_plan(planned).train()
+    check_stage(learning, "trainable")
     for batch in images:
         # Bit for bit: a shift that is added to the bias beforehand is the same addition.
         assert torch.equal(learning(batch), planned(batch))

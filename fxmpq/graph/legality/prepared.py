@@ -15,6 +15,9 @@ from fxmpq.graph.state import Layer
 from fxmpq.quantizers.modules import ActivationQuantizer, BiasCorrection, WeightQuantizer
 
 _QUANTIZERS = (ActivationQuantizer, WeightQuantizer, BiasCorrection)
+_WIDEST = 32
+"""Bits of the integers that biases are stored as."""
+
 _OPERATIONS = frozenset({"placeholder", "get_attr", "call_function", "call_module", "output"})
 
 
@@ -97,7 +100,7 @@ def _layers(subject: Subject) -> Breaches:
             continue
         problem = (
             _weight_problem(subject, layer, argument(node, operator.weight))
-            or _bias_problem(subject, layer, argument(node, operator.bias))
+            or _bias_problem(layer, argument(node, operator.bias))
             or _input_problem(layer, argument(node, operator.input))
         )
         if problem:
@@ -124,12 +127,9 @@ def _weight_problem(subject: Subject, layer: Layer, read: object) -> str:
     return ""
 
 
-def _bias_problem(subject: Subject, layer: Layer, read: object) -> str:
+def _bias_problem(layer: Layer, read: object) -> str:
     if layer.bias_correction is not None and not _is_call(read, layer.bias_correction):
         return f"does not read its bias through {layer.bias_correction!r}"
-    units = layer.bias_units
-    if units is not None and not isinstance(subject.modules.get(units.source), ActivationQuantizer):
-        return f"has a bias in units of {units.source!r}, which quantizes no activation"
     return ""
 
 
@@ -141,6 +141,22 @@ def _input_problem(layer: Layer, read: object) -> str:
 
 def _is_call(node: object, module: str) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_module" and node.target == module
+
+
+def _bias_units(subject: Subject) -> Breaches:
+    for _, layer in subject.layers:
+        units = layer.bias_units
+        if units is None:
+            continue
+        if not isinstance(subject.modules.get(units.source), ActivationQuantizer):
+            yield (
+                f"layer {layer.name!r} has a bias in units of {units.source!r}, which quantizes no "
+                "activation"
+            )
+        if layer.weight_quantizer is None or layer.bias_correction is None:
+            yield f"layer {layer.name!r} has units of a bias, and a weight or bias that stays real"
+        if not 0 <= units.width <= _WIDEST:
+            yield f"layer {layer.name!r} has units of a bias for codes of {units.width} bits"
 
 
 def _groups(subject: Subject) -> Breaches:
@@ -199,6 +215,11 @@ LAYERS = Rule(
     "each layer is a call of its operator that reads what the layer names, each product of one",
     _layers,
 )
+BIAS_UNITS = Rule(
+    "units of biases",
+    "where biases are integers, weights and what they multiply are codes",
+    _bias_units,
+)
 GROUPS = Rule(
     "groups", "members, weights and quantizers are in one group, which has candidates", _groups
 )
@@ -207,5 +228,5 @@ OFF = Rule("all off", "no quantizer is on", _off)
 
 # What a graph that trains shares with the others.
 GROUPED = (EVERYWHERE[0], OPERATIONS, *EVERYWHERE[1:], INPUTS, CALLS, ONE_VALUE, GROUPS, LAYERS)
-QUANTIZED = (*GROUPED, QUANTIZERS, PLACES, FORMATS)
+QUANTIZED = (*GROUPED, QUANTIZERS, PLACES, FORMATS, BIAS_UNITS)
 PREPARED = (*QUANTIZED, OFF)

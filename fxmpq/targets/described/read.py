@@ -92,6 +92,8 @@ def _target(found: TargetFile, known: Mapping[str, Target]) -> Target:
         if not operator.weight_bits and not operator.floats and not operator.is_activation_only:
             raise TargetError(f"operators.{kind} has neither weights nor floats")
         _check_converter(kind, operator, base)
+        if found.operators[kind].integer_biases:
+            _check_biases(kind, operator)
     metrics = {name: metric.named(name) for name, metric in found.metrics.items()}
     for metric in metrics.values():
         if metric.metric in COSTS:
@@ -106,6 +108,16 @@ def _target(found: TargetFile, known: Mapping[str, Target]) -> Target:
             )
         _check_figures(metric, rules)
     return replace(base, rules=rules, description=found.description, metrics=metrics, latency=None)
+
+
+def _check_biases(kind: str, rule: OperatorRule) -> None:
+    """Refuse integer biases of a kind whose layers have none."""
+    biased = [entry.kind for entry in OPERATORS.values() if entry.bias is not None]
+    if kind not in biased or not rule.activation_bits - {None}:
+        raise TargetError(
+            f"operators.{kind} has integer_biases, which layers with biases on integers have: "
+            f"kinds {', '.join(dict.fromkeys(biased))}, with widths in activations"
+        )
 
 
 def _check_converter(kind: str, rule: OperatorRule, base: Target) -> None:

@@ -52,7 +52,11 @@ class ExecutorchModel:
             TargetError: If a kernel refuses what it is to compute, as portable ones do of a
                 convolution of three dimensions.
         """
-        leaves = [leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf for leaf in inputs]
+        # The program reads values in the order of dimensions, wherever strides say that they lie.
+        leaves = [
+            leaf.detach().cpu().contiguous() if isinstance(leaf, Tensor) else leaf
+            for leaf in inputs
+        ]
         try:
             parts = [
                 [leaf for leaf in self._method.execute(part) if isinstance(leaf, Tensor)]

@@ -219,7 +219,7 @@ def _hold_bias(
     needed = torch.full_like(scale, _SMALLEST_RESCALE * output_scale / input_scale)
     bias = argument(node, OPERATORS[node.target].bias)
     if isinstance(bias, fx.Node):
-        found = get_tensor(graph, str(bias.target)).double().abs()
+        found = get_tensor(graph, str(bias.target)).detach().double().abs()
         needed = torch.maximum(needed, found / (input_scale * _LARGEST_BIAS))
     held = torch.maximum(scale, needed)
     if float(held.max()) * input_scale / output_scale >= _LARGEST_RESCALE:

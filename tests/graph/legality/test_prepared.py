@@ -12,6 +12,7 @@ from fxmpq.formats import NumberFormat, Precision
 from fxmpq.graph.findings import BiasUnits
 from fxmpq.graph.legality import prepared
 from fxmpq.graph.legality.prepared import (
+    BIAS_UNITS,
     CALLS,
     FORMATS,
     GROUPS,
@@ -178,13 +179,25 @@ PLANTS: list[tuple[str, Rule, Plant, str]] = [
     ("another axis", LAYERS, change_layer(channel_axis=9), "has no channel axis 9"),
     ("past the weight's", LAYERS, past_the_quantizer("weight_stem", 1), "its weight through"),
     ("past the bias's", LAYERS, past_the_quantizer("bias_conv2d", 2), "its bias through"),
+    ("past the input's", LAYERS, past_the_quantizer("activation_0", 0), "its input through"),
     (
         "units of a weight",
-        LAYERS,
+        BIAS_UNITS,
         change_layer(bias_units=BiasUnits("quantizers.weight_fc_weight")),
         "in units of 'quantizers.weight_fc_weight', which quantizes no activation",
     ),
-    ("past the input's", LAYERS, past_the_quantizer("activation_0", 0), "its input through"),
+    (
+        "units without codes",
+        BIAS_UNITS,
+        change_layer(bias_units=BiasUnits("quantizers.activation_0"), weight_quantizer=None),
+        "'stem.0' has units of a bias, and a weight or bias that stays real",
+    ),
+    (
+        "units of too many bits",
+        BIAS_UNITS,
+        change_layer(bias_units=BiasUnits("quantizers.activation_0", 1 << 40)),
+        "units of a bias for codes of 1099511627776 bits",
+    ),
     (
         "another name",
         GROUPS,

@@ -149,6 +149,14 @@ def test_of_what_is_inherited_only_that_which_is_stored_is_left(tmp_path: Path) 
         (SMALLEST + "metrics.cycles.per_mac = {w4a8 = 1}", "no figure for conv at w8a8"),
         (SMALLEST + "metrics.bops.per_mac = {w8a8 = 1}", "'bops' is a metric of every target"),
         (
+            SMALLEST + "operators.embedding = {weights = [8], integer_biases = true}",
+            "have: kinds conv, conv_transpose, linear, with widths in activations",
+        ),
+        (
+            SMALLEST.replace("[4, 8], activations = [8]", "[4, 8], integer_biases = true"),
+            "operators.conv has integer_biases, which layers with biases on integers have",
+        ),
+        (
             SMALLEST + "metrics.c = {per_mac = {w8a8 = 1}, macs_per_unit = {w8a8 = 1}}",
             "w8a8 has a figure in per_mac and one in macs_per_unit",
         ),

@@ -39,6 +39,19 @@ def test_a_model_that_cannot_run_is_an_error(capfd: pytest.CaptureFixture[str]) 
     assert capfd.readouterr().err
 
 
+def test_values_may_lie_in_any_order() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 4)
+    with quiet_torch():
+        program = export(nn.Conv2d(3, 2, 3), (x,))
+    loaded = ExecutorchModel(lower_program(program).data, FreeSizes(({},), (False,)))
+    [expected] = loaded([x])
+    last, moved = x.to(memory_format=torch.channels_last), x.mT.contiguous().mT
+    for other in (last, moved):
+        assert not other.is_contiguous()
+        assert torch.equal(loaded([other])[0], expected)
+
+
 def test_threads_are_settled_once() -> None:
     assert EXECUTORCH.conditions is not None
     before = EXECUTORCH.conditions()

@@ -11,6 +11,7 @@ from fxmpq.graph.attributes import get_tensor
 from fxmpq.graph.run import run_batch
 from fxmpq.graph.switch import with_choices
 from fxmpq.graph.trace import trace
+from fxmpq.quantizers.modules import BiasCorrection
 from fxmpq.targets.convert import convert
 from fxmpq.targets.divergence import layer_agreements
 from fxmpq.targets.executorch import EXECUTORCH
@@ -245,6 +246,17 @@ def test_channels_without_weights_keep_their_biases(
     is_too_fine = offset > 1e4
     assert kernels["second"] == f"Convolution (NHWC, {'F32' if is_too_fine else 'QC8'}) IGEMM"
     assert all(row.sqnr_db > 35 for row in layer_agreements(plan, made, x))
+
+
+def test_a_bias_that_nothing_corrects_is_read_without_gradients(
+    calibrated: Made, uniform: Made
+) -> None:
+    x, candidates = torch.randn(4, 6), [Precision.parse("w8a8")]
+    plan = uniform(calibrated(trace(nn.Linear(6, 4), x), [x], "executorch", candidates=candidates))
+    for module in plan.modules():
+        if isinstance(module, BiasCorrection):
+            module.activate(None)
+    to_xnnpack_form(plan, EXECUTORCH.rules)
 
 
 class Signal(nn.Module):
