@@ -161,10 +161,8 @@ def test_the_seed_reaches_methods_that_take_one() -> None:
 
 def test_methods_that_need_labels_get_those_of_the_calibration_samples(tmp_path: Path) -> None:
     """The labels are the right ones: the trained network's loss on them is low."""
-    recipe = open_recipe(
-        "resnet.yaml",
-        [*FEW, "target=reference", "method=hessian", "options={probes: 1}", f"output={tmp_path}"],
-    )
+    wanted = ["method=hessian", "options={probes: 1}", "refine=null", "uniform=[w8a8]"]
+    recipe = open_recipe("resnet.yaml", [*FEW, "target=reference", *wanted, f"output={tmp_path}"])
     seen: list[float] = []
 
     def loss(model: nn.Module, batch: object) -> Tensor:

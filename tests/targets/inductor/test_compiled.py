@@ -2,21 +2,31 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._inductor import config
 
+from fxmpq.graph.trace import trace
 from fxmpq.targets.inductor.compiled import SIZES_COMPILED_FOR, CompiledGraph
 from fxmpq.targets.inductor.program import inductor_program
 from fxmpq.targets.target import Converted
+
+Made = Callable[..., fx.GraphModule]
 
 
 @pytest.fixture
 def compiled(made: Converted) -> CompiledGraph:
     assert isinstance(made.module, CompiledGraph)
     return made.module
+
+
+@pytest.fixture
+def pointwise(calibrated: Made, uniform: Made, images: list[Tensor]) -> fx.GraphModule:
+    torch.manual_seed(0)
+    return uniform(calibrated(trace(nn.Conv2d(3, 4, 1), images[0]), images, "inductor"))
 
 
 def test_options_are_set_for_the_call_alone(
@@ -68,27 +78,16 @@ def test_the_first_sizes_of_pointwise_convolutions_are_compiled_for(
     assert runs == ["fixed" if samples <= to_fix else "free" for samples in sizes]
 
 
-def test_sizes_compiled_for_leave_no_trace_in_free_ones(
-    planned: fx.GraphModule, images: list[Tensor], monkeypatch: pytest.MonkeyPatch
+def test_sizes_are_free_once_more_were_seen_than_are_compiled_for(
+    pointwise: fx.GraphModule, images: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fxmpq.targets.inductor.compiled.SIZES_COMPILED_FOR", 1)
-    compiled = CompiledGraph(inductor_program(planned))
+    compiled = CompiledGraph(inductor_program(pointwise))
     whole = compiled([images[0]])[0]
     for samples in (2, 3):
         torch.testing.assert_close(compiled([images[0][:samples]])[0], whole[:samples])
     with torch.compiler.set_stance("fail_on_recompile"):
         for samples in (6, 2, 5, 4):
             torch.testing.assert_close(compiled([images[0][:samples]])[0], whole[:samples])
-
-
-def test_sizes_are_free_once_more_were_seen_than_are_compiled_for(
-    planned: fx.GraphModule, images: list[Tensor]
-) -> None:
-    program = dataclasses.replace(inductor_program(planned), is_pointwise=False)
-    compiled = CompiledGraph(program)
-    compiled([images[0]])
-    compiled([images[0][:2]])
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for samples in (2, 5, 13):
-            batch = images[0][:1].expand(samples, -1, -1, -1)
-            assert len(compiled([batch])[0]) == samples
+        larger = compiled([images[0][:1].expand(13, -1, -1, -1)])[0]
+    torch.testing.assert_close(larger, whole[:1].expand_as(larger))
