@@ -32,7 +32,7 @@ from fxmpq.targets.registry import get_target
 # OpenVINO reports its import over the network, except in continuous integration.
 os.environ["CI"] = "true"
 torch.set_num_threads(1)
-settings.register_profile("fxmpq", deadline=None, max_examples=40, derandomize=True)
+settings.register_profile("fxmpq", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("fxmpq")
 
 
